@@ -1,0 +1,111 @@
+"""Every error that geofx raises says three things: what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class GeofxError(Exception):
+    """Base of all geofx errors: ``what``, ``where`` (site, file, line) and ``fix`` (what to do).
+
+    Attributes:
+        exit_code: the command line's exit status for this kind of error.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        place = f" ({where})" if where else ""
+        advice = f"; {fix}" if fix else ""
+        super().__init__(f"{what}{place}{advice}")
+
+
+class ConfigError(GeofxError):
+    """An argument, option or pattern cannot be used as given."""
+
+    exit_code = 2
+
+
+class BudgetInfeasibleError(GeofxError):
+    """No plan meets the budget.
+
+    Attributes:
+        smallest: the least value of each limited resource that some plan reaches.
+        best: the plan that comes closest, or None where none was built.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, what: str, *, where: str = "", fix: str = "", smallest: dict[str, float] | None = None, best: Any = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.smallest = smallest or {}
+        self.best = best
+
+
+class CalibrationError(GeofxError):
+    """The calibration data cannot be used."""
+
+    exit_code = 4
+
+
+class NumericsError(GeofxError):
+    """A computation gave values that are not finite, or did not converge."""
+
+    exit_code = 5
+
+
+class CaptureError(GeofxError):
+    """The model cannot be traced to a graph."""
+
+    exit_code = 2
+
+
+class PassError(GeofxError):
+    """A graph pass failed or broke its contract; names the pass and the passes already run."""
+
+
+class PlanError(ConfigError):
+    """A plan is not valid, or not for this model."""
+
+
+class ArtifactError(GeofxError):
+    """A saved folder cannot be read or written."""
+
+    exit_code = 6
+
+
+class ArtifactCorruptError(ArtifactError):
+    """A file is damaged: its hash, structure or content is not what the manifest says."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """A folder was written by a newer geofx."""
+
+
+class ArtifactMismatchError(ArtifactError):
+    """A file belongs to another model or run."""
+
+
+class ExportError(GeofxError):
+    """An export could not be made."""
+
+    exit_code = 7
+
+
+class VerificationError(ExportError):
+    """A result was made but does not agree with what it must equal; it is not published."""
+
+
+class ResourceError(GeofxError):
+    """Disk or memory does not suffice; says how much is needed and how much there is."""
+
+    exit_code = 8
+
+
+class MissingDependencyError(GeofxError):
+    """An optional package is not installed; the fix names the install command."""
+
+    exit_code = 2
