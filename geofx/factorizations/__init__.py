@@ -1,0 +1,42 @@
+"""Every format that geofx knows: one file each, one entry here, one row in tests/factorization_cases.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from geofx.errors import PlanError
+from geofx.factorizations.contract import Factorization, Factors
+from geofx.factorizations.dense import Dense
+from geofx.factorizations.gauge_fixed import GaugeFixed
+from geofx.factorizations.low_rank import LowRank
+
+FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed)
+
+__all__ = ["FACTORIZATIONS", "Dense", "Factorization", "Factors", "GaugeFixed", "LowRank", "from_json", "to_json"]
+
+
+def to_json(factorization: Factorization) -> dict[str, Any]:
+    """``{"name": "low_rank", "rank": 64, ...}``; inverse of `from_json`."""
+    return {"name": factorization.name, **asdict(factorization)}  # type: ignore[call-overload]
+
+
+def from_json(data: dict[str, Any], where: str = "") -> Factorization:
+    """The format that ``data`` names, from this closed registry only.
+
+    Raises:
+        PlanError: unknown name, or settings that the format does not have.
+    """
+    known = {member.name: member for member in FACTORIZATIONS}
+    name = data.get("name")
+    if name not in known:
+        raise PlanError(f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}")
+    settings = {key: value for key, value in data.items() if key != "name"}
+    try:
+        return TypeAdapter(known[name]).validate_python(settings, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{name}: {field}: {first['msg']}", where=where, fix="mend the setting") from error

@@ -1,0 +1,147 @@
+"""W ≈ [C₁; I; C₂] B: r of the outputs span the others, so a rank-r weight needs only r (out + in) - r² numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import scipy.linalg
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from geofx.errors import NumericsError
+from geofx.factorizations.contract import Factors, rank_grid
+from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.linalg import require_finite
+from geofx.region import Region, RegionKind
+from geofx.region_analysis import RegionAnalysis, Weights
+
+Rows = Literal["window", "pivoted"]
+
+WINDOWS = 9
+"""Number of evenly spaced row windows that a fit tries."""
+
+
+@dataclass(frozen=True)
+class GaugeFixed:
+    """Low rank with its gauge fixed (PIFA, Zhao et al. 2025): y_P = B x, all other outputs are C y_P.
+
+    With ``rows="window"`` P is the run of outputs start .. start + r, so y needs one concatenation and no
+    permutation; `fit` takes the window with the smallest max |C|. With ``rows="pivoted"`` P comes from a
+    pivoted QR, max |C| stays near 1 as half precision needs, and an index restores the order.
+    """
+
+    rank: int
+    rows: Rows = "window"
+    start: int = 0
+
+    name: ClassVar[str] = "gauge_fixed"
+    regions: ClassVar[frozenset[RegionKind]] = frozenset({"single"})
+
+    @classmethod
+    def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
+        """Every rank below min(out, in): the form is smaller than the weight at each of them."""
+        rows, columns = region.site.shape
+        kind: Rows = "window" if region.site.dtype in ("float32", "float64") else "pivoted"
+        yield from (cls(rank, kind) for rank in rank_grid(min(rows, columns), min(rows, columns)))
+
+    def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
+        """``basis`` (r, in), ``mix`` (out - r, r); ``index`` (out,) where pivoted."""
+        rows, columns = region.site.shape
+        shapes: dict[str, tuple[int, ...]] = {"basis": (self.rank, columns), "mix": (rows - self.rank, self.rank)}
+        return shapes if self.rows == "window" else {**shapes, "index": (rows,)}
+
+    def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
+        """Σ_{i > r} σ_i², as for `LowRank`: the same matrix, written in fewer numbers."""
+        return analysis.truncation.spectrum.tail(self.rank)
+
+    def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
+        """B = L_P R and C = L_P̄ L_P^{-1} of the truncation L R.
+
+        Raises:
+            NumericsError: no choice of rows keeps the rounding below the truncation error.
+        """
+        weight = weights[analysis.region.site.weight]
+        whole = analysis.truncation
+        left, right = whole.left[:, : self.rank].double(), whole.right[: self.rank].double()
+        fitted, factors = self._fit_window(left, right) if self.rows == "window" else self._fit_pivoted(left, right)
+        cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
+        _require_accurate(fitted.to_dense(cast), left @ right, weight, analysis)
+        return fitted, cast
+
+    def _fit_window(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
+        last = left.shape[0] - self.rank
+        starts = sorted({round(last * step / (WINDOWS - 1)) for step in range(WINDOWS)})
+        mixes = {start: _mix(left, list(range(start, start + self.rank))) for start in starts}
+        start = min(mixes, key=lambda key: float(mixes[key].abs().max()) if mixes[key].numel() else 0.0)
+        basis = left[start : start + self.rank] @ right
+        return replace(self, start=start), {"basis": basis, "mix": mixes[start]}
+
+    def _fit_pivoted(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
+        _, _, order = scipy.linalg.qr(left.T.numpy(force=True), mode="economic", pivoting=True)
+        chosen = sorted(int(row) for row in order[: self.rank])
+        others = sorted(set(range(left.shape[0])) - set(chosen))
+        index = torch.empty(left.shape[0], dtype=torch.int32)
+        index[torch.tensor(chosen + others)] = torch.arange(left.shape[0], dtype=torch.int32)
+        return self, {"basis": left[chosen] @ right, "mix": _mix(left, chosen), "index": index}
+
+    def apply(self, x: Tensor, factors: Factors) -> Tensor:
+        """[z Cᵀ[:start], z, z Cᵀ[start:]] with z = x Bᵀ."""
+        spanned = functional.linear(x, factors["basis"])
+        others = functional.linear(spanned, factors["mix"])
+        if self.rows == "pivoted":
+            return torch.cat([spanned, others], -1).index_select(-1, factors["index"])
+        if self.start == 0:
+            return torch.cat([spanned, others], -1)
+        if self.start == factors["mix"].shape[0]:
+            return torch.cat([others, spanned], -1)
+        return torch.cat([others[..., : self.start], spanned, others[..., self.start :]], -1)
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """Rows P are B, the others C B."""
+        basis, mix = factors["basis"], factors["mix"]
+        rows = basis.shape[0] + mix.shape[0]
+        order = torch.arange(rows)
+        spanning = order[self.start : self.start + self.rank]
+        if self.rows == "pivoted":
+            order = torch.argsort(factors["index"])
+            spanning = order[: self.rank]
+        dense = basis.new_empty(rows, basis.shape[1])
+        others = order[~torch.isin(order, spanning)]
+        dense[spanning], dense[others] = basis, mix @ basis
+        return dense
+
+    def geometry(self, region: Region) -> GeometricForm:
+        """Two subspaces of dimension r, the output's given as a graph over r of its coordinates."""
+        rows, columns = region.site.shape
+        spaces = Subspace("input", self.rank, columns), Subspace("output", self.rank, rows)
+        steps = (
+            Transformation("project", ("input",), "spanning outputs"),
+            Transformation("expand", ("spanning outputs",), "other outputs"),
+            Transformation("direct_sum", ("spanning outputs", "other outputs"), "output"),
+        )
+        return GeometricForm(spaces, steps)
+
+
+def _mix(left: Tensor, rows: list[int]) -> Tensor:
+    """C with C left[rows] = left[others]; infinite where the chosen rows are singular."""
+    others = [row for row in range(left.shape[0]) if row not in set(rows)]
+    solution, info = torch.linalg.solve_ex(left[rows].T, left[others].T)
+    return solution.T if int(info) == 0 else torch.full((len(others), len(rows)), float("inf"), dtype=left.dtype)
+
+
+def _require_accurate(stored: Tensor, exact: Tensor, weight: Tensor, analysis: RegionAnalysis) -> None:
+    """Rounding of the factors must cost less than a hundredth of the truncation, or of one part in 10⁴."""
+    name = analysis.region.site.weight
+    metric = analysis.metrics[name]
+    require_finite(stored, f"gauge-fixed factors of {name}")
+    rounding = metric.loss(stored.double() - exact)
+    truncation = metric.loss(weight.double() - exact)
+    if rounding > max(0.01 * truncation, 1e-8 * metric.loss(weight)):
+        raise NumericsError(
+            f"gauge-fixed factors lose {rounding:.2g} by rounding, truncation {truncation:.2g}",
+            where=f"{name}, {weight.dtype}",
+            fix="use low_rank here",
+        )

@@ -1,0 +1,77 @@
+"""W ≈ L R with L (out, r) and R (r, in): project onto r axes, expand again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+from torch.nn import functional
+
+from geofx.factorizations.contract import Factors, rank_grid
+from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.linalg import require_finite
+from geofx.region import Region, RegionKind
+from geofx.region_analysis import RegionAnalysis, Weighting, Weights
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """argmin over rank r of tr(G (W - L R) A (W - L R)ᵀ); r (out + in) numbers.
+
+    ``weighting`` ``"input"`` sets G = I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024), ``"none"``
+    A = G = I (truncated SVD, Eckart and Young 1936).
+    """
+
+    rank: int
+    weighting: Weighting = "two_sided"
+
+    name: ClassVar[str] = "low_rank"
+    regions: ClassVar[frozenset[RegionKind]] = frozenset({"single"})
+
+    @classmethod
+    def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
+        """Ranks below out · in / (out + in), where the pair would be as big as the weight."""
+        rows, columns = region.site.shape
+        limit = -(-rows * columns // (rows + columns))
+        yield from (cls(rank) for rank in rank_grid(limit, min(rows, columns)))
+
+    def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
+        """``left`` (out, r), ``right`` (r, in)."""
+        rows, columns = region.site.shape
+        return {"left": (rows, self.rank), "right": (self.rank, columns)}
+
+    def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
+        """Σ_{i > r} σ_i² of G^{1/2} W A^{1/2}; for other weightings, the form at their optimum."""
+        if self.weighting == "two_sided":
+            return analysis.truncation.spectrum.tail(self.rank)
+        name = region.site.weight
+        _, factors = self.fit(analysis.weights, analysis)
+        return analysis.metrics[name].loss(analysis.weights[name].double() - self.to_dense(factors).double())
+
+    def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
+        """The leading r columns and rows of the truncation, in the weight's dtype."""
+        whole = analysis.truncation if self.weighting == "two_sided" else analysis.truncation_under(self.weighting)
+        weight = weights[analysis.region.site.weight]
+        parts = {"left": whole.left[:, : self.rank], "right": whole.right[: self.rank]}
+        return self, {name: require_finite(part.to(weight), f"factor {name}").clone() for name, part in parts.items()}
+
+    def apply(self, x: Tensor, factors: Factors) -> Tensor:
+        """(x Rᵀ) Lᵀ."""
+        return functional.linear(functional.linear(x, factors["right"]), factors["left"])
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """L R."""
+        return factors["left"] @ factors["right"]
+
+    def geometry(self, region: Region) -> GeometricForm:
+        """Two subspaces of dimension r: project onto one, expand from the other."""
+        rows, columns = region.site.shape
+        spaces = Subspace("input", self.rank, columns), Subspace("output", self.rank, rows)
+        steps = (
+            Transformation("project", ("input",), "latent"),
+            Transformation("scale", ("latent",), "latent"),
+            Transformation("expand", ("latent",), "output"),
+        )
+        return GeometricForm(spaces, steps)

@@ -1,0 +1,57 @@
+"""Second moments of what flows through each site: what the loss can see of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Mode = Literal["two_sided", "forward", "data_free"]
+
+UNITS: Mapping[Mode, str] = {
+    "two_sided": "nats per token",
+    "forward": "relative squared error of site outputs",
+    "data_free": "relative squared error of weights",
+}
+"""What a predicted loss is measured in, by how the moments were taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """A = E[x xᵀ] and E[x] per distinct input tensor, G = Σ g gᵀ / terms per site output.
+
+    x are the unmasked tokens at a site's input, g = ∂(summed loss)/∂y at its output. A is (in, in),
+    G is (out, out); with them the loss grows by about tr(G ΔW A ΔWᵀ) per loss term.
+
+    Attributes:
+        inputs: input key -> A.
+        means: input key -> E[x].
+        outputs: weight name -> G; empty unless ``mode`` is ``"two_sided"``.
+        input_of: weight name -> input key.
+        tokens: input key -> number of tokens seen.
+        loss_terms: number of loss terms that the gradients were summed over.
+        mode: ``forward`` has no G, ``data_free`` neither A nor G.
+        unit: the unit of the loss that the gradients are of.
+        dropped: reasons -> number of calibration rows left out.
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    input_of: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    loss_terms: int = 0
+    mode: Mode = "data_free"
+    unit: str = UNITS["data_free"]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def input_moment(self, weight: str) -> Tensor | None:
+        """A at the input of ``weight``, or None where no token reached it."""
+        key = self.input_of.get(weight, "")
+        return self.inputs[key] if self.tokens.get(key, 0) > 0 else None
+
+    def output_moment(self, weight: str) -> Tensor | None:
+        """G at the output of ``weight``, or None where none was taken."""
+        return self.outputs.get(weight)

@@ -1,0 +1,131 @@
+"""What the analysis knows of one region: its weights, their metric, and every truncation of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geofx.linalg import eigh_psd, require_finite, root_and_inverse, shrink
+from geofx.region import Region
+from geofx.spectrum import Spectrum
+
+Weighting = Literal["two_sided", "input", "none"]
+Weights = Mapping[str, Tensor]
+
+INPUT_SHRINKAGE = 1e-4
+OUTPUT_SHRINKAGE = 1e-2
+"""Shares of mean(diag) · I mixed into A and G: relative, so that no unit or model is favoured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """Ŵ_r = left[:, :r] @ right[:r]: the optimum of every rank r at once.
+
+    ``left`` is (out, k), ``right`` (k, in), ``spectrum`` has k = min(out, in) values.
+    """
+
+    left: Tensor
+    right: Tensor
+    spectrum: Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """‖ΔW‖² = tr(G ΔW A ΔWᵀ), with A (in, in) and G (out, out) shrunk, so positive definite.
+
+    None stands for the identity. ``scale`` turns the form into the unit of the loss.
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+    scale: float = 1.0
+
+    def loss(self, change: Tensor) -> float:
+        """scale · tr(G ΔW A ΔWᵀ) for a ``change`` ΔW of shape (out, in)."""
+        delta = change.double()
+        right = delta if self.input is None else delta @ self.input.double()
+        left = delta if self.output is None else self.output.double() @ delta
+        return self.scale * float((left * right).sum())
+
+
+def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation:
+    """argmin over rank r of tr(G (W - Ŵ) A (W - Ŵ)ᵀ), for all r, from one eigenproblem.
+
+    On the smaller side: for in <= out, A^{1/2} Wᵀ G W A^{1/2} = V Σ² Vᵀ and
+    Ŵ_r = W A^{1/2} V_r V_rᵀ A^{-1/2}; else G^{1/2} W A Wᵀ G^{1/2} = U Σ² Uᵀ and
+    Ŵ_r = G^{-1/2} U_r U_rᵀ G^{1/2} W. The larger side needs no root (Swift-SVD's observation).
+
+    Raises:
+        NumericsError: a value is not finite or no solver converged.
+    """
+    work = require_finite(weight, what).double()
+    left, right, squares = (_from_input_side if work.shape[1] <= work.shape[0] else _from_output_side)(work, metric, what)
+    balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    spectrum = Spectrum((metric.scale * squares).numpy(force=True))
+    return Truncation((left * balance).to(dtype), (right / balance[:, None]).to(dtype), spectrum)
+
+
+def _from_input_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    root, inverse = _roots(metric.input, weight.shape[1], what)
+    lifted = weight @ root
+    weighted = lifted if metric.output is None else metric.output.double() @ lifted
+    squares, vectors = eigh_psd(lifted.T @ weighted, what)
+    return lifted @ vectors, vectors.T @ inverse, squares
+
+
+def _from_output_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    root, inverse = _roots(metric.output, weight.shape[0], what)
+    lifted = root @ weight
+    weighted = lifted if metric.input is None else lifted @ metric.input.double()
+    squares, vectors = eigh_psd(weighted @ lifted.T, what)
+    return inverse @ vectors, vectors.T @ lifted, squares
+
+
+def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]:
+    if matrix is None:
+        eye = torch.eye(size, dtype=torch.float64)
+        return eye, eye
+    return root_and_inverse(matrix, f"second moment at {what}")
+
+
+@dataclass(frozen=True, eq=False)
+class RegionAnalysis:
+    """A region, its weights in canonical (out, in) orientation, and the metric of each."""
+
+    region: Region
+    weights: Weights
+    metrics: Mapping[str, Metric]
+
+    @cached_property
+    def truncation(self) -> Truncation:
+        """The two-sided truncation of the only weight of a ``single`` region."""
+        return self.truncation_under("two_sided")
+
+    def truncation_under(self, weighting: Weighting) -> Truncation:
+        """The truncation under a part of the metric: both sides, the input's alone, or neither."""
+        name = self.region.site.weight
+        metric = self.metrics[name]
+        if weighting == "two_sided":
+            return truncate(self.weights[name], metric, name)
+        kept = Metric(input=metric.input if weighting == "input" else None)
+        return truncate(self.weights[name], kept, name)
+
+
+def region_metric(weight: Tensor, moment_in: Tensor | None, moment_out: Tensor | None) -> Metric:
+    """The metric of one weight from its moments, shrunk; the scale makes a missing side comparable.
+
+    Without G the form is the relative squared error of the output, without A also of the weight,
+    so that sites still add up.
+    """
+    inputs = None if moment_in is None or not moment_in.any() else shrink(moment_in, INPUT_SHRINKAGE)
+    outputs = None if moment_out is None else shrink(moment_out, OUTPUT_SHRINKAGE)
+    if outputs is not None:
+        return Metric(inputs, outputs)
+    size = Metric(inputs).loss(weight)
+    return Metric(inputs, None, 1.0 / size if size > 0.0 else 1.0)
