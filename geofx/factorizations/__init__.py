@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -34,6 +34,9 @@ def from_json(data: dict[str, Any], where: str = "") -> Factorization:
     if name not in known:
         raise PlanError(f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}")
     settings = {key: value for key, value in data.items() if key != "name"}
+    unknown = sorted(settings.keys() - {field.name for field in fields(known[name])})  # type: ignore[arg-type]
+    if unknown:
+        raise PlanError(f"{name} has no setting {unknown[0]!r}", where=where, fix="remove it")
     try:
         return TypeAdapter(known[name]).validate_python(settings, strict=True)
     except ValidationError as error:

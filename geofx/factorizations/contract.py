@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from geofx.errors import PlanError
 from geofx.geometry import GeometricForm
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
@@ -63,3 +64,11 @@ def rank_grid(limit: int, size: int) -> range:
     """Ranks below ``limit``, in steps that are a power of two and near ``size`` / 64."""
     step = 1 << max(0, (size // 64).bit_length() - 1)
     return range(step, limit, step)
+
+
+def require_rank(rank: int, limit: int, region: Region) -> None:
+    """Raises PlanError unless 1 <= rank <= limit."""
+    if not 1 <= rank <= limit:
+        raise PlanError(
+            f"rank {rank} is outside 1..{limit}", where=f"{region.name}, shape {region.site.shape}", fix="mend the rank"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import NumericsError
-from geofx.factorizations.contract import Factors, rank_grid
+from geofx.factorizations.contract import Factors, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
@@ -50,6 +50,7 @@ class GaugeFixed:
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``basis`` (r, in), ``mix`` (out - r, r); ``index`` (out,) where pivoted."""
         rows, columns = region.site.shape
+        require_rank(self.rank, min(rows - 1, columns), region)
         shapes: dict[str, tuple[int, ...]] = {"basis": (self.rank, columns), "mix": (rows - self.rank, self.rank)}
         return shapes if self.rows == "window" else {**shapes, "index": (rows,)}
 

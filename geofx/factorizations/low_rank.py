@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, rank_grid
+from geofx.factorizations.contract import Factors, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
@@ -40,6 +40,7 @@ class LowRank:
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``left`` (out, r), ``right`` (r, in)."""
         rows, columns = region.site.shape
+        require_rank(self.rank, min(rows, columns), region)
         return {"left": (rows, self.rank), "right": (self.rank, columns)}
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:

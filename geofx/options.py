@@ -1,0 +1,71 @@
+"""Options: what each factorization proposes for each region, priced and with its predicted loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from geofx.errors import NumericsError
+from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
+from geofx.region import Region
+from geofx.region_analysis import RegionAnalysis
+from geofx.site import Skip
+from geofx.workload import Workload, measure
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to write one region: its price and the loss that it is predicted to add.
+
+    Attributes:
+        loss: predicted increase in the analysis' unit, >= 0.
+    """
+
+    region: Region
+    factorization: Factorization
+    workload: Workload
+    loss: float
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this option leaves the region as it is."""
+        return isinstance(self.factorization, Dense)
+
+
+def list_options(
+    analyses: Iterable[RegionAnalysis], formats: Iterable[type[Factorization]] = FACTORIZATIONS
+) -> tuple[list[Option], list[Skip]]:
+    """Every option of every region, `Dense` always among them, and why formats proposed none."""
+    chosen = tuple(dict.fromkeys((Dense, *formats)))
+    options: list[Option] = []
+    skips: list[Skip] = []
+    for analysis in analyses:
+        for member in chosen:
+            found, skip = _options_of(member, analysis)
+            options += found
+            skips += skip
+    return options, skips
+
+
+def _options_of(member: type[Factorization], analysis: RegionAnalysis) -> tuple[list[Option], list[Skip]]:
+    region = analysis.region
+    if region.kind not in member.regions:
+        return [], [Skip(region.name, "NO_FORMAT", f"{member.name} does not rewrite {region.kind} regions")]
+    try:
+        priced = [
+            Option(region, candidate, measure(candidate, region), candidate.predicted_loss(region, analysis))
+            for candidate in member.candidates(region, analysis)
+        ]
+    except NumericsError as error:
+        return [], [Skip(region.name, "SVD_FAILED", str(error))]
+    if member is Dense:
+        return priced, []
+    dense = measure(Dense(), region)
+    gaining = [option for option in priced if _gains(option.workload, dense)]
+    if priced and gaining:
+        return gaining, []
+    return [], [Skip(region.name, "NO_GAIN" if priced else "TOO_SMALL", f"{member.name} proposes nothing smaller")]
+
+
+def _gains(work: Workload, dense: Workload) -> bool:
+    return work.weight_bytes < dense.weight_bytes

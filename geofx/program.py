@@ -1,0 +1,152 @@
+"""The traced graph with what is needed to run, clone, check and look at it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from geofx.annotations import annotations_of
+from geofx.errors import CaptureError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A plain `fx.GraphModule` and the example it was traced with.
+
+    Attributes:
+        graph_module: the graph; the only thing in geofx that changes, and only on a `clone`.
+        input_names: the forward arguments that were traced, in order.
+        example: those inputs, batch >= 2 and sequence >= 2.
+        dynamic_shapes: per input, the dims that may vary (names), for re-export.
+        aliases: further names of a weight -> the name it has in the graph (tied weights).
+    """
+
+    graph_module: fx.GraphModule
+    input_names: tuple[str, ...]
+    example: Mapping[str, Any]
+    dynamic_shapes: Mapping[str, Mapping[int, str]]
+    aliases: Mapping[str, str]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of `graph_module`."""
+        return self.graph_module.graph
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on what the model took; returns what the model returned."""
+        return self.graph_module(**self.bind(args, kwargs))
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, a missing ``attention_mask`` filled with ones.
+
+        Raises:
+            ConfigError: an argument that was not traced, or one that is missing.
+        """
+        if len(args) > len(self.input_names):
+            raise ConfigError(f"{len(args)} positional arguments", fix=f"pass at most {', '.join(self.input_names)}")
+        given = dict(zip(self.input_names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        unknown = sorted(given.keys() - set(self.input_names))
+        if unknown:
+            fix = f"pass {', '.join(self.input_names)}, or use to_module() for the whole signature"
+            raise ConfigError(f"argument {unknown[0]!r} is not an input of the traced graph", fix=fix)
+        if "attention_mask" in self.input_names and "attention_mask" not in given and "input_ids" in given:
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        missing = [name for name in self.input_names if name not in given]
+        if missing:
+            raise ConfigError(f"input {missing[0]!r} is missing", fix=f"pass {', '.join(self.input_names)}")
+        return {name: given[name] for name in self.input_names}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every distinct parameter and buffer that the graph reads, by name."""
+        seen: set[str] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target not in seen:
+                seen.add(node.target)
+                value = self.attribute(node.target)
+                if isinstance(value, Tensor):
+                    yield node.target, value
+
+    def attribute(self, name: str) -> Any:
+        """The attribute with dotted ``name``; KeyError where there is none."""
+        owner: Any = self.graph_module
+        for part in name.split("."):
+            if not hasattr(owner, part):
+                raise KeyError(name)
+            owner = getattr(owner, part)
+        return owner
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter or buffer ``name``; a tied name gives the one it is tied to."""
+        value = self.attribute(self.aliases.get(name, name))
+        if not isinstance(value, Tensor):
+            raise KeyError(name)
+        return value
+
+    def set_tensor(self, name: str, value: Tensor, *, trainable: bool) -> None:
+        """Store ``value`` under dotted ``name`` as a parameter, or as a buffer where not floating."""
+        *path, leaf = name.split(".")
+        owner: torch.nn.Module = self.graph_module
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        if value.is_floating_point() or value.is_complex():
+            owner.register_parameter(leaf, torch.nn.Parameter(value.detach(), requires_grad=trainable))
+        else:
+            owner.register_buffer(leaf, value)
+
+    def clone(self) -> Program:
+        """A program with a graph of its own; tensors are shared until a pass replaces them."""
+        memo = {id(tensor): tensor for tensor in (*self.graph_module.parameters(), *self.graph_module.buffers())}
+        module = copy.deepcopy(self.graph_module, memo)
+        for old, new in zip(self.graph.nodes, module.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        return replace(self, graph_module=module)
+
+    def check(self) -> None:
+        """Lint the graph and check that every attribute exists; recompile.
+
+        Raises:
+            CaptureError: the graph is not well formed.
+        """
+        try:
+            self.graph.lint()
+            for node in self.graph.nodes:
+                if node.op == "get_attr":
+                    self.attribute(node.target)
+            self.graph_module.recompile()
+        except (RuntimeError, KeyError, SyntaxError) as error:
+            raise CaptureError(f"the graph is not well formed: {error}", fix="report this as a bug") from error
+
+    def size_bytes(self) -> int:
+        """Bytes of all distinct tensors that the graph reads; tied weights count once."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
+
+    def parameter_count(self) -> int:
+        """Floating-point numbers in all distinct tensors that the graph reads."""
+        return sum(tensor.numel() for _, tensor in self.tensors() if tensor.is_floating_point())
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The graph with op, target, shape, dtype and every geofx annotation as node attributes."""
+        result = networkx.DiGraph()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            shape = str(tuple(value.shape)) if isinstance(value, Tensor) else ""
+            result.add_node(node.name, op=node.op, target=str(node.target), shape=shape, **annotations_of(node))
+            result.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return result
+
+
+def flat_tensors(value: Any) -> list[Tensor]:
+    """The tensors in a (nested) output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

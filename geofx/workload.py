@@ -1,0 +1,79 @@
+"""Flops, bytes and launches of a piece of graph, measured by running it on tensors without storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from geofx.factorizations import Factorization
+from geofx.region import Region
+from geofx.site import Site
+
+PROBE_TOKENS = 16
+"""Tokens that a workload is measured at; per-token figures divide by it."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one piece of graph does.
+
+    Attributes:
+        flops: per token; a multiply-add is 2.
+        parameters: floating-point numbers stored.
+        weight_bytes: bytes of all factors, indices included.
+        activation_bytes: bytes written per token.
+        launches: kernels per call.
+    """
+
+    flops: float
+    parameters: int
+    weight_bytes: int
+    activation_bytes: float
+    launches: int
+
+
+class _OutputCounter(TorchDispatchMode):
+    """Counts calls that write memory (views do not) and the bytes that they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.written = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.launches += 1
+            self.written += result.numel() * result.element_size()
+        return result
+
+
+def measure(factorization: Factorization, region: Region) -> Workload:
+    """Workload of ``factorization.apply`` at ``region``'s shapes, by FlopCounterMode on meta tensors."""
+    site = region.site
+    return _measure(factorization, site.shape, site.dtype, region.kind)
+
+
+@lru_cache(maxsize=65536)
+def _measure(factorization: Factorization, shape: tuple[int, int], dtype_name: str, kind: str) -> Workload:
+    probe = Region("probe", kind, (Site("probe", shape, dtype=dtype_name),))  # type: ignore[arg-type]
+    dtype = getattr(torch, dtype_name)
+    factors = {
+        name: torch.empty(size, dtype=torch.int32 if name == "index" else dtype, device="meta")
+        for name, size in factorization.factor_shapes(probe).items()
+    }
+    x = torch.empty(PROBE_TOKENS, shape[1], dtype=dtype, device="meta")
+    outputs, flops = _OutputCounter(), FlopCounterMode(display=False)
+    with torch.no_grad(), outputs, flops:
+        factorization.apply(x, factors)
+    return Workload(
+        flops=flops.get_total_flops() / PROBE_TOKENS,
+        parameters=sum(part.numel() for part in factors.values() if part.is_floating_point()),
+        weight_bytes=sum(part.numel() * part.element_size() for part in factors.values()),
+        activation_bytes=outputs.written / PROBE_TOKENS,
+        launches=outputs.launches,
+    )
