@@ -1,0 +1,161 @@
+"""What an optimization did, as figures: nothing that was decided or measured is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from geofx.environment import environment
+from geofx.errors import ArtifactCorruptError
+
+MAX_JSON_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one model; None where a figure was not taken.
+
+    Attributes:
+        size_bytes: bytes of the weight files on disk.
+        parameters: floating-point numbers of the whole model, tied weights once.
+        linear_parameters: those of the matmuls that can be factorized.
+        flops_per_token: of the matmuls; a multiply-add is 2.
+        loss: mean loss on the held-out batches, in nats per token where the model predicts tokens.
+        latency_torch_s: median seconds of one call in torch.
+        latency_onnx_s: median seconds of one call in ONNX Runtime.
+        onnx_bytes: bytes of the exported ONNX files.
+    """
+
+    size_bytes: int | None = None
+    parameters: int | None = None
+    linear_parameters: int | None = None
+    flops_per_token: float | None = None
+    loss: float | None = None
+    latency_torch_s: float | None = None
+    latency_onnx_s: float | None = None
+    onnx_bytes: int | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss), where the loss is small enough for that to mean something."""
+        return math.exp(self.loss) if self.loss is not None and self.loss < 100.0 else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Time of one stage and the highest memory of the process until its end."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationCard:
+    """What the statistics were taken from."""
+
+    mode: str
+    unit: str
+    tokens: int = 0
+    loss_terms: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegionRow:
+    """What was chosen for one region, and what was not.
+
+    Attributes:
+        kept_ratio: numbers stored afterwards / before.
+        loss: predicted increase, in the calibration card's unit.
+        refused: ``"REASON: detail"`` of every option that was not proposed or not taken.
+        spectrum: σ_i², descending; may be thinned out or empty.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    factorization: str
+    rank: int | None = None
+    kept_ratio: float = 1.0
+    loss: float | None = None
+    refused: tuple[str, ...] = ()
+    spectrum: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Original against optimized, what was asked, predicted and measured, region by region.
+
+    Attributes:
+        model: what was optimized, without any path.
+        budget: what was asked, in words.
+        counting: the rule by which the budget was counted, in words.
+        predicted_loss: sum over regions, in the calibration card's unit.
+        fidelity: figures of `geofx.verify.Fidelity` by name.
+        notes: fallbacks and warnings that a reader should know of.
+    """
+
+    model: str
+    budget: str
+    counting: str
+    original: Measured
+    optimized: Measured
+    predicted_loss: float | None = None
+    fidelity: Mapping[str, float | int | None] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    calibration: CalibrationCard | None = None
+    regions: tuple[RegionRow, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=environment)
+    notes: tuple[str, ...] = ()
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @property
+    def measured_loss(self) -> float | None:
+        """Increase of the loss on the held-out batches."""
+        return self.fidelity.get("loss_increase")
+
+    def with_measured(self, *, original: Mapping[str, Any], optimized: Mapping[str, Any]) -> Report:
+        """The same report with further figures, by the names of `Measured`."""
+        return replace(
+            self, original=replace(self.original, **original), optimized=replace(self.optimized, **optimized)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON types; a figure that is not finite becomes null."""
+        return {key: _finite(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str | bytes, where: str = "report") -> Report:
+        """Inverse of `to_json`, from the parsed object or its text.
+
+        Raises:
+            ArtifactCorruptError: not a report; names the field.
+        """
+        text = data if isinstance(data, str | bytes) else json.dumps(data)
+        if len(text) > MAX_JSON_BYTES:
+            raise ArtifactCorruptError(f"a report of {len(text)} bytes", where=where, fix="make it anew")
+        try:
+            return TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactCorruptError(
+                f"not a report: {place}: {first['msg']}", where=where, fix="make it anew"
+            ) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
