@@ -59,7 +59,7 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Rewrite:
     """What the plan chose at a matmul that was rewritten."""
 
     region: str
@@ -68,8 +68,8 @@ class Choice:
 
 SITE = Key("geofx.site", Site, "find_sites")
 SENSITIVITY = Key("geofx.sensitivity", Sensitivity, "analyse")
-CHOICE = Key("geofx.choice", Choice, "lower")
-KEYS: tuple[Key[Any], ...] = (SITE, SENSITIVITY, CHOICE)
+REWRITE = Key("geofx.rewrite", Rewrite, "lower")
+KEYS: tuple[Key[Any], ...] = (SITE, SENSITIVITY, REWRITE)
 
 
 def annotations_of(node: fx.Node) -> dict[str, Any]:

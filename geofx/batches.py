@@ -1,0 +1,115 @@
+"""Calibration and held-out data as a list of batches: inputs by the name of forward's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geofx.errors import CalibrationError
+from geofx.program import Program
+
+Batch = dict[str, Any]
+
+HOLDOUT_RATIO = 0.125
+"""Share of the calibration batches kept for verification when no held-out data is given."""
+
+
+def collect(data: Any, names: Sequence[str], what: str = "calibration data") -> list[Batch]:
+    """Batches from a tensor, a DataLoader, a generator or any iterable of tensors, tuples or dicts.
+
+    ``names`` are forward's arguments, which tensors and tuples are matched to in order.
+
+    Raises:
+        CalibrationError: nothing usable comes out; an error inside the source names the sample's index.
+    """
+    if isinstance(data, (Tensor, Mapping)):
+        data = [data]
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise CalibrationError(
+            f"{what} of type {type(data).__name__} cannot be read", fix="pass batches, token ids, or text with a tokenizer"
+        )
+    batches: list[Batch] = []
+    iterator = iter(data)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        except Exception as error:
+            raise CalibrationError(f"{what} failed: {error}", where=f"batch {len(batches)}") from error
+        batches.append(_as_batch(item, names, f"{what}, batch {len(batches)}"))
+    batches = [batch for batch in batches if _rows(batch) > 0]
+    if not batches:
+        raise CalibrationError(f"{what} is empty", fix="pass at least one batch, or mode='data_free'")
+    return batches
+
+
+def split(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Batch], list[Batch]]:
+    """The last ``ratio`` of the batches apart, at least one; both parts the same where there is only one."""
+    if len(batches) == 1:
+        return batches, batches
+    kept = max(1, round(len(batches) * ratio))
+    return batches[:-kept], batches[-kept:]
+
+
+def inputs_of(program: Program, batch: Batch) -> Batch:
+    """What of ``batch`` the traced graph takes, with ids checked against the embedding.
+
+    Raises:
+        CalibrationError: a token id lies outside the vocabulary.
+    """
+    inputs = program.bind((), {name: value for name, value in batch.items() if name in program.input_names})
+    for name, rows in _vocabularies(program).items():
+        ids = inputs[name]
+        if ids.numel() and (int(ids.max()) >= rows or int(ids.min()) < 0):
+            bad = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
+            raise CalibrationError(
+                f"id {bad} is outside the vocabulary of {rows}", where=f"input {name!r}", fix="use the model's own tokenizer"
+            )
+    return inputs
+
+
+def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """The (batch, sequence) mask of tokens that are not padding, or None where there is no padding."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
+def select_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The rows of every tensor in the batch where ``rows`` is true."""
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _as_batch(item: Any, names: Sequence[str], where: str) -> Batch:
+    if isinstance(item, Tensor):
+        item = (item,)
+    if isinstance(item, Mapping):
+        return {str(name): value for name, value in item.items() if value is not None}
+    if not isinstance(item, (tuple, list)) or not item or not isinstance(item[0], Tensor):
+        raise CalibrationError(f"a batch of type {type(item).__name__}", where=where, fix="yield tensors, tuples or dicts")
+    if len(item) > len(names):
+        raise CalibrationError(
+            f"{len(item)} tensors for forward({', '.join(names)})", where=where, fix="yield dicts, targets under 'labels'"
+        )
+    return dict(zip(names, item, strict=False))
+
+
+def _rows(batch: Batch) -> int:
+    sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    return min(sizes, default=0) if not any(v.numel() == 0 for v in batch.values() if isinstance(v, Tensor)) else 0
+
+
+def _vocabularies(program: Program) -> dict[str, int]:
+    """Input name -> rows of the table that it is looked up in."""
+    found: dict[str, int] = {}
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for name, node in zip(program.input_names, placeholders, strict=True):
+        for user in node.users:
+            if user.target is torch.ops.aten.embedding.default and user.args[1] is node:
+                found[name] = program.weight(str(user.args[0].target)).shape[0]
+    return found

@@ -1,0 +1,176 @@
+"""What "loss" means: next-token cross-entropy, squared error of the outputs, or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from geofx.batches import Batch, inputs_of, token_mask
+from geofx.errors import ConfigError
+from geofx.program import Program, flat_tensors
+
+UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+class Objective(Protocol):
+    """A loss whose gradients the calibration takes and whose increase the verification measures."""
+
+    unit: str
+
+    def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
+        """(scalar to call backward on, number of loss terms): Σ over terms of what is squared into G."""
+        ...
+
+    def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
+        """(Σ loss of the original, Σ loss of the optimized, number of terms)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of token t+1 given tokens up to t, summed over the tokens that are not padding."""
+
+    unit: str = "nats per token"
+
+    def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
+        """Σ cross-entropy; its per-token gradients give the empirical Fisher."""
+        return self._sum(output, batch)
+
+    def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
+        """Both sums over the same tokens."""
+        before, terms = self._sum(original, batch)
+        return float(before), float(self._sum(optimized, batch)[0]), terms
+
+    def _sum(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
+        logits, targets = next_token_pairs(logits_of(output), batch)
+        return functional.cross_entropy(logits.float(), targets, reduction="sum"), float(targets.numel())
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """Relative squared error of the outputs, ‖Δy‖² / ‖y‖².
+
+    At the original its gradient vanishes, so G is the Gauss-Newton matrix, sampled: for v ~ N(0, I) the
+    gradients of v · y have E[g gᵀ] = Jᵀ J (Hutchinson's estimator of ‖J Δ‖²).
+    """
+
+    seed: int = 0
+    unit: str = "relative squared error of outputs"
+    generator: torch.Generator = field(default_factory=torch.Generator, compare=False)
+
+    def __post_init__(self) -> None:
+        self.generator.manual_seed(self.seed)
+
+    def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
+        """v · y / sqrt(mean ‖y‖² per term), one term per row of the batch."""
+        values = valid_outputs(output, batch)
+        rows = float(_rows(output))
+        power = sum(float(value.detach().double().square().sum()) for value in values) / rows
+        total = values[0].new_zeros(())
+        for value in values:
+            noise = torch.randn(value.shape, generator=self.generator).to(value)
+            total = total + (noise * value).sum()
+        return total / max(power, 1e-30) ** 0.5, rows
+
+    def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
+        """(0, Σ ‖Δy‖², Σ ‖y‖²): the loss is their ratio."""
+        before, after = valid_outputs(original, batch), valid_outputs(optimized, batch)
+        error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(before, after, strict=True))
+        return 0.0, error, sum(float(value.double().square().sum()) for value in before)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """The user's ``loss(output, batch)``: a tensor of terms, or a scalar, the mean over the tokens of the batch."""
+
+    function: UserLoss
+    unit: str = "loss per term"
+
+    def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
+        """The sum of the terms."""
+        value = self.function(output, batch)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise ConfigError("loss(output, batch) must return a tensor that depends on the output", where="loss")
+        if value.dim() > 0:
+            return value.sum(), float(value.numel())
+        terms = _tokens(batch)
+        return value * terms, terms
+
+    def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
+        """Both sums."""
+        before, after = self.function(original, batch), self.function(optimized, batch)
+        terms = float(before.numel()) if before.dim() else _tokens(batch)
+        scale = terms if before.dim() == 0 else 1.0
+        return float(before.sum()) * scale, float(after.sum()) * scale, terms
+
+
+def choose_objective(program: Program, batch: Batch, loss: UserLoss | None, seed: int = 0) -> Objective:
+    """The user's loss; next-token cross-entropy where logits are causal; squared error of outputs otherwise."""
+    if loss is not None:
+        return Custom(loss)
+    return NextToken() if is_causal_language_model(program, batch) else SquaredError(seed)
+
+
+def is_causal_language_model(program: Program, batch: Batch) -> bool:
+    """Whether there are logits over the ids' vocabulary that a later token cannot change."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
+        return False
+    probe = {name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    probe["attention_mask"] = torch.ones_like(probe["input_ids"])
+    changed = {**probe, "input_ids": probe["input_ids"].clone()}
+    changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % (int(ids.max()) + 1)
+    with torch.no_grad():
+        before, after = (logits_of(program(**inputs_of(program, item))) for item in (probe, changed))
+    if before is None or after is None or before.dim() != 3 or before.shape[:2] != probe["input_ids"].shape:
+        return False
+    if before.shape[2] <= int(ids.max()):
+        return False
+    return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))
+
+
+def logits_of(output: Any) -> Any:
+    """``output.logits`` or ``output["logits"]``, the only tensor of a plain output, or None."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if hasattr(output, "logits"):
+        return output.logits
+    return output if isinstance(output, Tensor) else None
+
+
+def next_token_pairs(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(logits (n, vocabulary), targets (n,)) of all pairs of neighbouring tokens that are not padding."""
+    targets, predictions = batch["input_ids"][:, 1:], logits[:, :-1]
+    mask = token_mask(batch)
+    if mask is None:
+        return predictions.flatten(0, 1), targets.flatten()
+    both = mask[:, 1:] & mask[:, :-1]
+    return predictions[both], targets[both]
+
+
+def valid_outputs(output: Any, batch: Batch) -> list[Tensor]:
+    """The floating-point tensors of an output, padding positions left out."""
+    mask = token_mask(batch)
+    values = [value for value in flat_tensors(output) if value.is_floating_point()]
+    if mask is None:
+        return values
+    return [value[mask] if value.shape[:2] == mask.shape else value for value in values]
+
+
+def _rows(output: Any) -> int:
+    return max(1, *(value.shape[0] for value in flat_tensors(output) if value.dim()))
+
+
+def _tokens(batch: Batch) -> float:
+    mask = token_mask(batch)
+    if mask is not None:
+        return float(mask.sum())
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor):
+        return float(ids.numel())
+    return float(next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)))

@@ -1,0 +1,231 @@
+"""Run the graph forward and backward on data, and keep the second moments at every site."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from geofx.batches import Batch, inputs_of, select_rows, token_mask
+from geofx.errors import CalibrationError
+from geofx.linalg import add_gram, fill_lower
+from geofx.moments import UNITS, Mode, Moments
+from geofx.objective import Objective
+from geofx.passes.find_sites import linear_nodes
+from geofx.program import Program, flat_tensors
+from geofx.site import Site
+
+logger = logging.getLogger(__name__)
+
+MAX_DROPPED_RATIO = 0.1
+"""Share of calibration rows that may be left out as not finite before the model itself is at fault."""
+
+
+def calibrate(
+    program: Program,
+    batches: list[Batch],
+    objective: Objective,
+    mode: Mode = "two_sided",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Moments:
+    """A and G of every site over ``batches``; one forward and one backward through the activations each.
+
+    Weights take no gradient, inputs shared by sites are squared once, only upper triangles are computed,
+    padding is left out. Rows that make a site's input infinite or NaN are dropped and counted.
+
+    Raises:
+        CalibrationError: no token is left, too many rows are dropped, or gradients are not finite.
+    """
+    recorder = _Recorder(program, objective, with_gradients=mode == "two_sided")
+    with _buffers_restored(program):
+        for done, batch in enumerate(batches):
+            recorder.add(batch)
+            progress("calibrate", done + 1, len(batches))
+    return recorder.moments(mode)
+
+
+class _NotFiniteError(Exception):
+    def __init__(self, node: str, rows: Tensor) -> None:
+        super().__init__(node)
+        self.node, self.rows = node, rows
+
+
+@dataclass
+class _Recorder(fx.Interpreter):
+    """Sums of x xᵀ, x and g gᵀ over all batches, in float64."""
+
+    program: Program
+    objective: Objective
+    with_gradients: bool
+    sites: dict[str, Site] = field(default_factory=dict)
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    terms: float = 0.0
+    seen_rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fx.Interpreter.__init__(self, self.program.graph_module)
+        self.sites = linear_nodes(self.program)
+        for site in self.sites.values():
+            rows, columns = site.shape
+            self.grams.setdefault(site.input, torch.zeros(columns, columns, dtype=torch.float64))
+            self.sums.setdefault(site.input, torch.zeros(columns, dtype=torch.float64))
+            self.tokens.setdefault(site.input, 0)
+            if self.with_gradients:
+                self.gradients.setdefault(site.weight, torch.zeros(rows, rows, dtype=torch.float64))
+
+    def add(self, batch: Batch) -> None:
+        """Add one batch, or the rows of it that stay finite."""
+        rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+        self.seen_rows += rows
+        while True:
+            try:
+                return self._add_finite(batch)
+            except _NotFiniteError as error:
+                bad = int(error.rows.sum())
+                logger.warning("%d calibration rows are not finite at %s and are left out", bad, error.node)
+                self.dropped["not finite"] = self.dropped.get("not finite", 0) + bad
+                if self.dropped["not finite"] > max(1.0, MAX_DROPPED_RATIO * self.seen_rows):
+                    raise CalibrationError(
+                        f"{self.dropped['not finite']} of {self.seen_rows} rows give values that are not finite",
+                        where=error.node,
+                        fix="check the data, or run the model in float32",
+                    ) from error
+                batch = select_rows(batch, ~error.rows)
+                if not bool((~error.rows).any()):
+                    return None
+
+    def _add_finite(self, batch: Batch) -> None:
+        inputs = inputs_of(self.program, batch)
+        self.mask, self.captured = token_mask(inputs), {}
+        self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
+        with torch.set_grad_enabled(self.with_gradients):
+            output = self.run(*inputs.values())
+            self._require_finite("output", *flat_tensors(output))
+            if self.with_gradients:
+                seed, terms = self.objective.gradient_seed(output, batch)
+        for (key, _), x in self.captured.items():
+            self._add_input(key, x)
+        self.captured = {}
+        if self.with_gradients:
+            self.terms += terms
+            seed.backward()  # type: ignore[no-untyped-call]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; at a site, keep its input and hook its output's gradient."""
+        site = self.sites.get(n.name)
+        if site is None:
+            value = super().run_node(n)
+            return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
+        x = self.env[n.args[0]]
+        self._require_finite(n.name, x)
+        self.captured[site.input, _storage(x)] = x.detach()
+        value = super().run_node(n)
+        if not self.with_gradients:
+            return value
+        if not value.requires_grad:
+            value = value.detach().requires_grad_().clone()
+        value.register_hook(lambda gradient: self._add_gradient(site.weight, gradient))
+        return value
+
+    def _require_finite(self, node: str, *values: Tensor) -> None:
+        for value in values:
+            if value.is_floating_point() and not math.isfinite(float(value.detach().sum())):
+                finite = torch.isfinite(value)
+                if self.mask is not None and value.shape[:2] == self.mask.shape:
+                    finite = finite | ~self.mask.reshape(*self.mask.shape, *[1] * (value.dim() - 2))
+                if finite.all():
+                    continue
+                per_row = value.shape[0] // self.rows if value.shape[0] % self.rows == 0 else 0
+                bad = ~finite.flatten(1).all(1).reshape(self.rows, per_row).all(1) if per_row else None
+                raise _NotFiniteError(node, bad if bad is not None else torch.ones(self.rows, dtype=torch.bool))
+
+    def _valid(self, value: Tensor) -> Tensor:
+        flat = value.reshape(-1, value.shape[-1])
+        if self.mask is None or flat.shape[0] != self.mask.numel():
+            return flat
+        return flat[self.mask.reshape(-1)]
+
+    def _add_input(self, key: str, x: Tensor) -> None:
+        rows = _wide(self._valid(x))
+        _add_scaled(self.grams[key], rows)
+        self.sums[key] += rows.sum(0)
+        self.tokens[key] += rows.shape[0]
+
+    def _add_gradient(self, weight: str, gradient: Tensor) -> None:
+        rows = _wide(self._valid(gradient.detach()))
+        if not math.isfinite(float(rows.sum())):
+            raise CalibrationError("gradients are not finite", where=weight, fix="run the model in float32")
+        _add_scaled(self.gradients[weight], rows)
+
+    def moments(self, mode: Mode) -> Moments:
+        """What was summed, divided by the numbers of tokens and loss terms."""
+        if not any(self.tokens.values()):
+            raise CalibrationError("no token reached any site", fix="pass calibration data that is not all padding")
+        sites = {site.weight: site for site in self.sites.values()}
+        for site in sites.values():
+            if self.tokens[site.input] == 0:
+                logger.warning("no calibration token reached %s", site.weight)
+        return Moments(
+            inputs={key: _stored(gram / max(1, self.tokens[key]), self.program) for key, gram in self.grams.items()},
+            means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
+            outputs={name: _stored(gram / self.terms, self.program) for name, gram in self.gradients.items()},
+            input_of={name: site.input for name, site in sites.items()},
+            tokens=dict(self.tokens),
+            loss_terms=round(self.terms),
+            mode=mode,
+            unit=self.objective.unit if mode == "two_sided" else UNITS[mode],
+            dropped=dict(self.dropped),
+        )
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.numel()
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _add_scaled(total: Tensor, rows: Tensor) -> None:
+    """total += rowsᵀ rows, with rows scaled by a power of two where their squares would leave float32."""
+    peak = float(rows.abs().max()) if rows.numel() else 0.0
+    if peak == 0.0 or 1e-12 < peak < 1e12:
+        return add_gram(total, rows)
+    scale = 2.0 ** math.floor(math.log2(peak))
+    part = torch.zeros_like(total)
+    add_gram(part, rows / scale)
+    total += part * scale * scale
+    return None
+
+
+def _stored(upper: Tensor, program: Program) -> Tensor:
+    """The whole matrix, in float32 unless the model computes in float64."""
+    wide = any(tensor.dtype == torch.float64 for _, tensor in program.tensors())
+    return fill_lower(upper) if wide else fill_lower(upper.float())
+
+
+class _buffers_restored:  # noqa: N801
+    """Buffers that the graph writes to are put back bit for bit."""
+
+    def __init__(self, program: Program) -> None:
+        self.saved = [(tensor, tensor.clone()) for _, tensor in _buffers(program)]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        for tensor, saved in self.saved:
+            tensor.copy_(saved)
+
+
+def _buffers(program: Program) -> Iterable[tuple[str, Tensor]]:
+    return program.graph_module.named_buffers()
