@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from geofx.errors import NumericsError
@@ -33,27 +33,33 @@ class Option:
 
 
 def list_options(
-    analyses: Iterable[RegionAnalysis], formats: Iterable[type[Factorization]] = FACTORIZATIONS
+    analyses: Iterable[RegionAnalysis],
+    formats: Iterable[type[Factorization]] = FACTORIZATIONS,
+    rows_per_token: Mapping[str, float] | None = None,
 ) -> tuple[list[Option], list[Skip]]:
-    """Every option of every region, `Dense` always among them, and why formats proposed none."""
+    """Every option of every region, `Dense` always among them, and why formats proposed none.
+
+    ``rows_per_token`` says how often a region runs per token of the model (2 for a layer called twice, less
+    than 1 for one that sees a sequence once); 1 where it says nothing.
+    """
     chosen = tuple(dict.fromkeys((Dense, *formats)))
     options: list[Option] = []
     skips: list[Skip] = []
     for analysis in analyses:
         for member in chosen:
-            found, skip = _options_of(member, analysis)
+            found, skip = _options_of(member, analysis, (rows_per_token or {}).get(analysis.region.name, 1.0))
             options += found
             skips += skip
     return options, skips
 
 
-def _options_of(member: type[Factorization], analysis: RegionAnalysis) -> tuple[list[Option], list[Skip]]:
+def _options_of(member: type[Factorization], analysis: RegionAnalysis, rows: float) -> tuple[list[Option], list[Skip]]:
     region = analysis.region
     if region.kind not in member.regions:
         return [], [Skip(region.name, "NO_FORMAT", f"{member.name} does not rewrite {region.kind} regions")]
     try:
         priced = [
-            Option(region, candidate, measure(candidate, region), candidate.predicted_loss(region, analysis))
+            Option(region, candidate, measure(candidate, region).times(rows), candidate.predicted_loss(region, analysis))
             for candidate in member.candidates(region, analysis)
         ]
     except NumericsError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from geofx.linalg import eigh_psd, require_finite, root_and_inverse, shrink
+from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
 
@@ -101,6 +102,12 @@ class RegionAnalysis:
     region: Region
     weights: Weights
     metrics: Mapping[str, Metric]
+    known_spectrum: Spectrum | None = None
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The two-sided spectrum: the one given (a saved analysis'), else that of `truncation`."""
+        return self.known_spectrum or self.truncation.spectrum
 
     @cached_property
     def truncation(self) -> Truncation:
@@ -115,6 +122,23 @@ class RegionAnalysis:
             return truncate(self.weights[name], metric, name)
         kept = Metric(input=metric.input if weighting == "input" else None)
         return truncate(self.weights[name], kept, name)
+
+
+class MomentMetrics(Mapping[str, Metric]):
+    """The metric of each weight, built from its moments when asked for: it is as large as the weights."""
+
+    def __init__(self, weights: Weights, moments: Moments) -> None:
+        self._weights, self._moments = weights, moments
+
+    def __getitem__(self, name: str) -> Metric:
+        moments = self._moments
+        return region_metric(self._weights[name], moments.input_moment(name), moments.output_moment(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def region_metric(weight: Tensor, moment_in: Tensor | None, moment_out: Tensor | None) -> Metric:

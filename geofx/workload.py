@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +35,10 @@ class Workload:
     weight_bytes: int
     activation_bytes: float
     launches: int
+
+    def times(self, rows: float) -> Workload:
+        """The same weights used ``rows`` times per token."""
+        return replace(self, flops=self.flops * rows, activation_bytes=self.activation_bytes * rows)
 
 
 class _OutputCounter(TorchDispatchMode):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Objective
 from geofx.passes.find_sites import linear_nodes
 from geofx.program import Program, flat_tensors
+from geofx.progress import Progress, log_progress
 from geofx.site import Site
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def calibrate(
     batches: list[Batch],
     objective: Objective,
     mode: Mode = "two_sided",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = log_progress,
 ) -> Moments:
     """A and G of every site over ``batches``; one forward and one backward through the activations each.
 
@@ -42,6 +43,7 @@ def calibrate(
         CalibrationError: no token is left, too many rows are dropped, or gradients are not finite.
     """
     recorder = _Recorder(program, objective, with_gradients=mode == "two_sided")
+    progress("calibrate", 0, len(batches))
     with _buffers_restored(program):
         for done, batch in enumerate(batches):
             recorder.add(batch)
@@ -55,31 +57,26 @@ class _NotFiniteError(Exception):
         self.node, self.rows = node, rows
 
 
-@dataclass
 class _Recorder(fx.Interpreter):
     """Sums of x xᵀ, x and g gᵀ over all batches, in float64."""
 
-    program: Program
-    objective: Objective
-    with_gradients: bool
-    sites: dict[str, Site] = field(default_factory=dict)
-    grams: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    terms: float = 0.0
-    seen_rows: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        fx.Interpreter.__init__(self, self.program.graph_module)
-        self.sites = linear_nodes(self.program)
+    def __init__(self, program: Program, objective: Objective, with_gradients: bool) -> None:
+        super().__init__(program.graph_module)
+        self.program, self.objective, self.with_gradients = program, objective, with_gradients
+        self.sites = linear_nodes(program)
+        self.is_wide = any(tensor.dtype == torch.float64 for _, tensor in program.tensors())
+        self.grams: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.terms, self.seen_rows = 0.0, 0
+        self.dropped: dict[str, int] = {}
         for site in self.sites.values():
             rows, columns = site.shape
             self.grams.setdefault(site.input, torch.zeros(columns, columns, dtype=torch.float64))
             self.sums.setdefault(site.input, torch.zeros(columns, dtype=torch.float64))
             self.tokens.setdefault(site.input, 0)
-            if self.with_gradients:
+            if with_gradients:
                 self.gradients.setdefault(site.weight, torch.zeros(rows, rows, dtype=torch.float64))
 
     def add(self, batch: Batch) -> None:
@@ -175,9 +172,9 @@ class _Recorder(fx.Interpreter):
             if self.tokens[site.input] == 0:
                 logger.warning("no calibration token reached %s", site.weight)
         return Moments(
-            inputs={key: _stored(gram / max(1, self.tokens[key]), self.program) for key, gram in self.grams.items()},
+            inputs={key: self._finish(self.grams, key, max(1, self.tokens[key])) for key in sorted(self.grams)},
             means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
-            outputs={name: _stored(gram / self.terms, self.program) for name, gram in self.gradients.items()},
+            outputs={name: self._finish(self.gradients, name, self.terms) for name in sorted(self.gradients)},
             input_of={name: site.input for name, site in sites.items()},
             tokens=dict(self.tokens),
             loss_terms=round(self.terms),
@@ -185,6 +182,11 @@ class _Recorder(fx.Interpreter):
             unit=self.objective.unit if mode == "two_sided" else UNITS[mode],
             dropped=dict(self.dropped),
         )
+
+    def _finish(self, sums: dict[str, Tensor], name: str, count: float) -> Tensor:
+        """The whole matrix of means, in float32 unless the model computes in float64; frees the sum."""
+        mean = sums.pop(name) / count
+        return fill_lower(mean if self.is_wide else mean.float())
 
 
 def _storage(x: Tensor) -> tuple[int, int]:
@@ -207,25 +209,12 @@ def _add_scaled(total: Tensor, rows: Tensor) -> None:
     return None
 
 
-def _stored(upper: Tensor, program: Program) -> Tensor:
-    """The whole matrix, in float32 unless the model computes in float64."""
-    wide = any(tensor.dtype == torch.float64 for _, tensor in program.tensors())
-    return fill_lower(upper) if wide else fill_lower(upper.float())
-
-
-class _buffers_restored:  # noqa: N801
+@contextmanager
+def _buffers_restored(program: Program) -> Iterator[None]:
     """Buffers that the graph writes to are put back bit for bit."""
-
-    def __init__(self, program: Program) -> None:
-        self.saved = [(tensor, tensor.clone()) for _, tensor in _buffers(program)]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        for tensor, saved in self.saved:
-            tensor.copy_(saved)
-
-
-def _buffers(program: Program) -> Iterable[tuple[str, Tensor]]:
-    return program.graph_module.named_buffers()
+    saved = [(buffer, buffer.clone()) for buffer in program.graph_module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in saved:
+            buffer.copy_(value)

@@ -56,7 +56,7 @@ class GaugeFixed:
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
         """Σ_{i > r} σ_i², as for `LowRank`: the same matrix, written in fewer numbers."""
-        return analysis.truncation.spectrum.tail(self.rank)
+        return analysis.spectrum.tail(self.rank)
 
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """B = L_P R and C = L_P̄ L_P^{-1} of the truncation L R.

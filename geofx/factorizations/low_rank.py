@@ -46,7 +46,7 @@ class LowRank:
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
         """Σ_{i > r} σ_i² of G^{1/2} W A^{1/2}; for other weightings, the form at their optimum."""
         if self.weighting == "two_sided":
-            return analysis.truncation.spectrum.tail(self.rank)
+            return analysis.spectrum.tail(self.rank)
         name = region.site.weight
         _, factors = self.fit(analysis.weights, analysis)
         return analysis.metrics[name].loss(analysis.weights[name].double() - self.to_dense(factors).double())

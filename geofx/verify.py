@@ -1,0 +1,123 @@
+"""Original against optimized on held-out data: what the rewrite really cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from geofx.batches import Batch, inputs_of
+from geofx.errors import NumericsError
+from geofx.objective import NextToken, Objective, SquaredError, logits_of, next_token_pairs, valid_outputs
+from geofx.program import Program
+from geofx.progress import Progress, log_progress
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far the optimized model is from the original.
+
+    Attributes:
+        loss_original: mean loss per term of the original; None where the loss is the difference itself.
+        loss_optimized: likewise, optimized.
+        loss_increase: their difference, or the relative squared error of the outputs.
+        kl: mean KL(original ‖ optimized) of the next token, in nats; None without tokens.
+        top1_agreement: share of tokens with the same most likely successor; None without tokens.
+        relative_l2: ‖Δy‖ / ‖y‖ over all outputs.
+        sqnr_db: -20 log10 of it.
+        parameter_mae: mean |v - v̂| over all parameters (Definition 5 of the taxonomy).
+        tokens: number of loss terms measured on.
+        unit: of the losses.
+    """
+
+    loss_original: float | None
+    loss_optimized: float | None
+    loss_increase: float
+    kl: float | None
+    top1_agreement: float | None
+    relative_l2: float
+    sqnr_db: float
+    parameter_mae: float
+    tokens: int
+    unit: str
+
+
+@dataclass
+class _Sums:
+    original: float = 0.0
+    optimized: float = 0.0
+    terms: float = 0.0
+    divergence: float = 0.0
+    agreeing: float = 0.0
+    predictions: int = 0
+    error: float = 0.0
+    power: float = 0.0
+
+
+def verify(
+    original: Program,
+    optimized: Program,
+    batches: Iterable[Batch],
+    objective: Objective,
+    parameter_mae: float = 0.0,
+    progress: Progress = log_progress,
+) -> Fidelity:
+    """Run both programs on ``batches`` and compare.
+
+    Raises:
+        NumericsError: the optimized program gives values that are not finite.
+    """
+    sums, held = _Sums(), list(batches)
+    progress("verify", 0, len(held))
+    with torch.no_grad():
+        for done, batch in enumerate(held):
+            inputs = inputs_of(original, batch)
+            _compare(sums, original(**inputs), optimized(**inputs), batch | inputs, objective)
+            progress("verify", done + 1, len(held))
+    return _fidelity(sums, objective, parameter_mae)
+
+
+def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Objective) -> None:
+    first, second = valid_outputs(before, batch), valid_outputs(after, batch)
+    for one, other in zip(first, second, strict=True):
+        if torch.isfinite(one).all() and not torch.isfinite(other).all():
+            raise NumericsError("the optimized model gives values that are not finite", fix="raise the budget")
+        sums.error += float((one.double() - other.double()).square().sum())
+        sums.power += float(one.double().square().sum())
+    original, optimized, terms = objective.compare(before, after, batch)
+    sums.original, sums.optimized, sums.terms = sums.original + original, sums.optimized + optimized, sums.terms + terms
+    if isinstance(objective, NextToken):
+        _compare_tokens(sums, logits_of(before), logits_of(after), batch)
+
+
+def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch) -> None:
+    first, _ = next_token_pairs(before, batch)
+    second, targets = next_token_pairs(after, batch)
+    for one, other in zip(first.split(256), second.split(256), strict=True):
+        p, q = functional.log_softmax(one.float(), -1), functional.log_softmax(other.float(), -1)
+        sums.divergence += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
+        sums.agreeing += float((one.argmax(-1) == other.argmax(-1)).sum())
+    sums.predictions += targets.numel()
+
+
+def _fidelity(sums: _Sums, objective: Objective, parameter_mae: float) -> Fidelity:
+    terms, tokens = max(sums.terms, 1e-30), sums.predictions
+    difference_only = isinstance(objective, SquaredError)
+    relative = math.sqrt(sums.error / sums.power) if sums.power > 0.0 else 0.0
+    return Fidelity(
+        loss_original=None if difference_only else sums.original / terms,
+        loss_optimized=None if difference_only else sums.optimized / terms,
+        loss_increase=(sums.optimized - sums.original) / terms,
+        kl=sums.divergence / tokens if tokens else None,
+        top1_agreement=sums.agreeing / tokens if tokens else None,
+        relative_l2=relative,
+        sqnr_db=-20.0 * math.log10(relative) if relative > 0.0 else math.inf,
+        parameter_mae=parameter_mae,
+        tokens=tokens or round(sums.terms) if not difference_only else 0,
+        unit=objective.unit,
+    )

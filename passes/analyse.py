@@ -1,0 +1,87 @@
+"""Spectra of all regions from their moments, and what the eye wants to know of each on its node."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from geofx.annotations import SENSITIVITY, SITE, Key, Sensitivity
+from geofx.errors import NumericsError
+from geofx.moments import Moments
+from geofx.program import Program
+from geofx.progress import Progress, log_progress
+from geofx.region import Region
+from geofx.region_analysis import MomentMetrics, RegionAnalysis
+from geofx.site import Site, Skip
+from geofx.spectrum import Spectrum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Leaves a `Sensitivity` on every matmul that has a spectrum."""
+
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    name: ClassVar[str] = "analyse"
+    reads: ClassVar[tuple[Key[Any], ...]] = (SITE,)
+    writes: ClassVar[tuple[Key[Any], ...]] = (SENSITIVITY,)
+
+    def run(self, program: Program) -> bool:
+        """Annotate; the graph itself stays as it is."""
+        for node in program.graph.nodes:
+            spectrum = self.spectra.get(SITE.get(node).weight) if SITE.name in node.meta else None
+            if spectrum is not None:
+                SENSITIVITY.set(node, sensitivity(spectrum))
+        return False
+
+
+def analyse(
+    program: Program,
+    regions: Iterable[Region],
+    moments: Moments,
+    known: Mapping[str, Spectrum] | None = None,
+    progress: Progress = log_progress,
+) -> tuple[dict[str, RegionAnalysis], list[Skip]]:
+    """The analysis of every region; a region whose decomposition fails is skipped with the reason.
+
+    ``known`` spectra, of a saved analysis, are taken instead of being computed again.
+    """
+    found: dict[str, RegionAnalysis] = {}
+    skips: list[Skip] = []
+    todo = tuple(regions)
+    progress("analyse", 0, len(todo))
+    for done, region in enumerate(todo):
+        weights = {site.weight: canonical_weight(program, site) for site in region.sites}
+        analysis = RegionAnalysis(region, weights, MomentMetrics(weights, moments), (known or {}).get(region.name))
+        try:
+            _ = analysis.spectrum
+            found[region.name] = analysis
+        except NumericsError as error:
+            logger.warning("%s stays dense: %s", region.name, error)
+            skips.append(Skip(region.name, "SVD_FAILED", str(error)))
+        progress("analyse", done + 1, len(todo))
+    return found, skips
+
+
+def canonical_weight(program: Program, site: Site) -> Tensor:
+    """The weight of ``site`` as (out, in), whatever the stored orientation; a view, without gradient."""
+    stored = program.weight(site.weight).detach()
+    return stored.t() if site.transposed else stored
+
+
+def sensitivity(spectrum: Spectrum) -> Sensitivity:
+    """The figures of a spectrum that `inspect` and graph tools show."""
+    return Sensitivity(
+        rank=spectrum.numerical_rank,
+        effective_rank=spectrum.effective_rank,
+        stable_rank=spectrum.stable_rank,
+        rank_99=spectrum.rank_at(0.99),
+        loss=spectrum.total,
+        spectrum=tuple(float(value) for value in spectrum.squares),
+    )
