@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded, without repetition, finite numbers only."""
+"""JSON from files that nobody vouches for: bounded in size and depth, every key once, every number finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from geofx.errors import ArtifactCorruptError
 
-LIMIT_BYTES = 16 * 2**20
+MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64
 _INT_DIGITS = 20
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
@@ -18,27 +18,38 @@ _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
-def loads(text: str | bytes, what: str, *, limit_bytes: int = LIMIT_BYTES, max_depth: int = MAX_DEPTH) -> Any:
-    """The value that the JSON document ``text`` holds; ``what`` names it in errors.
+def parse(text: str | bytes, *, limit_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of the JSON document ``text``.
 
     Raises:
-        ArtifactCorruptError: not JSON, longer or deeper than allowed, a key twice in one object, or a number
-            that is NaN, infinite or an integer outside 64 bits.
+        ValueError: not JSON, longer or deeper than allowed, a key twice in one object, or a number that is
+            NaN, infinite or an integer outside 64 bits.
     """
-    if len(text) > limit_bytes:
-        raise _corrupt(what, f"has {len(text)} bytes, and {limit_bytes} are allowed")
+    size = len(text) if isinstance(text, bytes) else len(text.encode(errors="surrogatepass"))
+    if size > limit_bytes:
+        raise ValueError(f"it has {size} bytes, and {limit_bytes} are allowed")
+    decoded = text if isinstance(text, str) else text.decode()
+    _check_depth(decoded, max_depth)
+    return json.loads(
+        decoded,
+        object_pairs_hook=_unique,
+        parse_constant=_refuse_constant,
+        parse_int=_bounded_int,
+        parse_float=_finite_float,
+    )
+
+
+def loads(text: str | bytes, what: str, *, limit_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """`parse` for the file called ``what``.
+
+    Raises:
+        ArtifactCorruptError: `parse` refuses it.
+    """
     try:
-        decoded = text if isinstance(text, str) else text.decode()
-        _check_depth(decoded, max_depth)
-        return json.loads(
-            decoded,
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_int=_bounded_int,
-            parse_float=_finite_float,
-        )
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(what, f"is not strict JSON: {error}") from error
+        return parse(text, limit_bytes=limit_bytes, max_depth=max_depth)
+    except ValueError as error:
+        reason = f"{what} is not strict JSON: {error}"
+        raise ArtifactCorruptError(reason, where=what, fix="take the file from its source again") from error
 
 
 def dumps(value: Any) -> str:
@@ -48,10 +59,6 @@ def dumps(value: Any) -> str:
         ValueError: a float that is not finite.
     """
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
-
-
-def _corrupt(what: str, why: str) -> ArtifactCorruptError:
-    return ArtifactCorruptError(f"{what} {why}", where=what, fix="take the file from its source again")
 
 
 def _check_depth(text: str, limit: int) -> None:
