@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -38,7 +39,7 @@ def from_json(data: dict[str, Any], where: str = "") -> Factorization:
     if unknown:
         raise PlanError(f"{name} has no setting {unknown[0]!r}", where=where, fix="remove it")
     try:
-        return TypeAdapter(known[name]).validate_python(settings, strict=True)
+        return TypeAdapter(known[name]).validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -1,0 +1,218 @@
+"""What one calibration run knows of a model: serves any number of budgets, saved to disk or not."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from geofx.annotations import SITE
+from geofx.batches import Batch
+from geofx.budget import Budget
+from geofx.errors import NumericsError, VerificationError
+from geofx.factorizations import FACTORIZATIONS, Factorization, Factors
+from geofx.model import OptimizedModel
+from geofx.moments import Moments
+from geofx.objective import Objective
+from geofx.options import Option, list_options
+from geofx.passes.cleanup import Cleanup
+from geofx.passes.contract import run_passes
+from geofx.passes.count_flops import count_flops
+from geofx.passes.lower import Lower
+from geofx.patterns import matching
+from geofx.plan import Plan, Totals
+from geofx.planner import choose
+from geofx.program import Program
+from geofx.progress import Progress, log_progress
+from geofx.region_analysis import RegionAnalysis
+from geofx.site import Skip
+from geofx.stages import Stages
+from geofx.summary import summarize
+from geofx.verify import Fidelity, verify
+
+logger = logging.getLogger(__name__)
+
+Rewrites = dict[str, tuple[Factorization, Factors]]
+
+
+@dataclass(eq=False)
+class Analysis:
+    """The annotated program, its moments and the spectrum of every region.
+
+    Attributes:
+        original: the graph as traced; the results are verified against it.
+        program: its canonical, annotated clone.
+        regions: region name -> analysis.
+        skips: weights that cannot be rewritten, with the reason.
+        objective: the loss that predictions are in.
+        holdout: batches that no statistic has seen.
+        module: the user's model, or None.
+    """
+
+    original: Program
+    program: Program
+    regions: dict[str, RegionAnalysis]
+    skips: list[Skip]
+    moments: Moments
+    objective: Objective
+    holdout: list[Batch] = field(default_factory=list)
+    module: nn.Module | None = None
+    stages: Stages = field(default_factory=Stages)
+    progress: Progress = log_progress
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    refused: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model_hash = hash_tensors(self.original.tensors())
+        self.flops_per_token, self._rows_per_token = count_flops(self.program)
+        self._options: dict[tuple[type[Factorization], ...], tuple[list[Option], list[Skip]]] = {}
+
+    def plan(
+        self,
+        budget: Budget,
+        *,
+        include: Iterable[str] | str | None = None,
+        ignore: Iterable[str] | str = (),
+        formats: Iterable[type[Factorization]] = FACTORIZATIONS,
+    ) -> Plan:
+        """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
+
+        ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names.
+
+        Raises:
+            BudgetInfeasibleError: carries the smallest plan.
+            ConfigError: a pattern matches nothing, or the budget needs losses that were not measured.
+        """
+        options, skips = self._priced(tuple(formats))
+        allowed = set(matching(tuple(self.regions), include or (), ignore))
+        ignored = [Skip(name, "IGNORED", "left out by include / ignore") for name in self.regions if name not in allowed]
+        failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in self.refused.items()]
+        kept = [
+            option
+            for option in options
+            if option.is_dense
+            or (option.region.name in allowed and (option.region.name, option.factorization.name) not in self.refused)
+        ]
+        with self.stages("plan"):
+            return choose(
+                kept,
+                budget,
+                self._fixed(options),
+                skips=(*self.skips, *skips, *ignored, *failed),
+                model_hash=self.model_hash,
+                unit=self.moments.unit,
+            )
+
+    def apply(self, plan: Plan, holdout: list[Batch] | None = None) -> OptimizedModel:
+        """Fit, lower, clean up and verify ``plan`` on a clone.
+
+        Raises:
+            PlanError: the plan is not for this model.
+            NumericsError: a factorization cannot be fitted, or the result is not finite.
+            VerificationError: the result is not as small as planned.
+        """
+        plan.require_for([analysis.region for analysis in self.regions.values()], self.model_hash)
+        rewrites, failures = self.fit(plan)
+        if failures:
+            name, why = next(iter(failures.items()))
+            raise NumericsError(f"{len(failures)} regions cannot be fitted: {why}", where=name, fix="edit the plan")
+        return self.finish(plan, rewrites, holdout)
+
+    def fit(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
+        """Factors of every rewritten region, and the errors of those that have none."""
+        rewrites: Rewrites = {}
+        failures: dict[str, NumericsError] = {}
+        chosen = plan.rewritten
+        self.progress("fit", 0, len(chosen))
+        with self.stages("fit"):
+            for done, choice in enumerate(chosen):
+                analysis = self.regions[choice.region]
+                try:
+                    fitted, factors = choice.factorization.fit(analysis.weights, analysis)
+                    rewrites[choice.region] = (fitted, _stored(factors, analysis))
+                except NumericsError as error:
+                    failures[choice.region] = error
+                self.progress("fit", done + 1, len(chosen))
+        return rewrites, failures
+
+    def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
+        """The rewritten, checked and verified result of a fitted plan."""
+        plan = plan.with_fitted({name: fitted for name, (fitted, _) in rewrites.items()})
+        program = self.original.clone() if not rewrites else self._lowered(rewrites)
+        _require_planned_size(program, plan)
+        held = self.holdout if holdout is None else holdout
+        fidelity = self._verified(program, rewrites, held) if held else None
+        config = getattr(self.module, "config", None)
+        return OptimizedModel(
+            program=program,
+            plan=plan,
+            report=summarize(self, plan, program, fidelity),
+            fidelity=fidelity,
+            rewrites=rewrites,
+            module=self.module,
+            config=config.to_dict() if hasattr(config, "to_dict") else None,
+            files=self.files,
+        )
+
+    def _lowered(self, rewrites: Rewrites) -> Program:
+        with self.stages("rewrite"):
+            program = self.program.clone()
+            run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
+        return program
+
+    def _verified(self, program: Program, rewrites: Rewrites, held: list[Batch]) -> Fidelity:
+        with self.stages("verify"):
+            mae = _parameter_mae(self, rewrites)
+            return verify(self.original, program, held, self.objective, mae, self.progress)
+
+    def _priced(self, formats: tuple[type[Factorization], ...]) -> tuple[list[Option], list[Skip]]:
+        if formats not in self._options:
+            with self.stages("price options"):
+                self._options[formats] = list_options(self.regions.values(), formats, self._rows_per_token)
+        return self._options[formats]
+
+    def _fixed(self, options: Iterable[Option]) -> Totals:
+        """What the model stores and computes outside the regions."""
+        dense = [option.workload for option in options if option.is_dense]
+        return Totals(
+            bytes=self.original.size_bytes() - sum(work.weight_bytes for work in dense),
+            parameters=self.original.parameter_count() - sum(work.parameters for work in dense),
+            flops=max(0.0, self.flops_per_token - sum(work.flops for work in dense)),
+        )
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: the identity of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stored(factors: Factors, analysis: RegionAnalysis) -> Factors:
+    """Factors on the weight's device, contiguous."""
+    (weight,) = analysis.weights.values()
+    return {name: part.to(weight.device).contiguous() for name, part in factors.items()}
+
+
+def _parameter_mae(analysis: Analysis, rewrites: Rewrites) -> float:
+    """mean |v - v̂| over all parameters of the model."""
+    total = 0.0
+    for name, (fitted, factors) in rewrites.items():
+        region = analysis.regions[name]
+        dense = fitted.to_dense(factors)
+        total += float((region.weights[name].double() - dense.double()).abs().sum())
+    return total / max(1, analysis.original.parameter_count())
+
+
+def _require_planned_size(program: Program, plan: Plan) -> None:
+    stored = program.size_bytes()
+    if stored > plan.predicted.bytes:
+        raise VerificationError(
+            f"the result holds {stored} bytes, the plan said {plan.predicted.bytes}", fix="report this as a bug"
+        )

@@ -1,0 +1,141 @@
+"""The front door: analyze, optimize, load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from geofx import artifact
+from geofx.analysis import Analysis
+from geofx.batches import Batch, collect, split
+from geofx.budget import Budget
+from geofx.errors import CalibrationError, ConfigError, NumericsError
+from geofx.model import OptimizedModel
+from geofx.moments import UNITS, Mode, Moments
+from geofx.objective import SquaredError, UserLoss, choose_objective
+from geofx.passes.analyse import Annotate, analyse
+from geofx.annotations import SITE
+from geofx.passes.calibrate import calibrate
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_regions import find_regions
+from geofx.passes.find_sites import FindSites, find_sites
+from geofx.progress import Progress, log_progress
+from geofx.stages import Stages
+from geofx.text import windows
+from geofx.trace import forward_names, trace
+
+REPLANS = 8
+"""How often `optimize` plans anew without the settings that could not be fitted."""
+
+WINDOW_TOKENS = 512
+"""Length of the windows that calibration text is cut into."""
+
+
+def analyze(
+    model: nn.Module | ExportedProgram,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    loss: UserLoss | None = None,
+    mode: Mode = "two_sided",
+    holdout: Any = None,
+    example: Any = None,
+    seed: int = 0,
+    progress: Progress = log_progress,
+    files: Mapping[str, bytes] | None = None,
+) -> Analysis:
+    """Trace ``model``, run ``calibration`` through it, and measure what the loss sees of every weight.
+
+    Args:
+        model: any nn.Module, traced GraphModule or ExportedProgram; it is not changed.
+        calibration: token ids, batches (dicts, tuples, a DataLoader, a generator), or text with ``tokenizer``.
+        tokenizer: cuts text into windows of 512 tokens that begin as it begins a text.
+        loss: ``loss(output, batch)``, a tensor of terms or the mean per token; by default next-token
+            cross-entropy where the model predicts tokens, relative squared error of the outputs otherwise.
+        mode: ``"two_sided"`` runs forward and backward; ``"forward"`` only forward, so losses are not
+            comparable across sites in nats; ``"data_free"`` neither, from the weights alone.
+        holdout: batches or text to verify on; by default the last eighth of the calibration batches.
+        example: inputs to trace with; by default the first calibration batch.
+        seed: of the noise that squared error is sampled with.
+
+    Raises:
+        CaptureError, CalibrationError, ConfigError: as their messages say.
+    """
+    stages = Stages()
+    names = () if isinstance(model, ExportedProgram) else forward_names(model)
+    batches = _batches(calibration, tokenizer, names, "calibration data")
+    if mode != "data_free" and not batches:
+        raise CalibrationError("there is no calibration data", fix="pass calibration=, or mode='data_free'")
+    held = _batches(holdout, tokenizer, names, "held-out data")
+    if not held and batches:
+        batches, held = split(batches)
+    if example is None and not batches:
+        raise ConfigError("data-free analysis needs inputs to trace with", fix="pass example=")
+    with stages("trace"):
+        original = trace(model, batches[0] if example is None else example)
+    program = original.clone()
+    run_passes(program, [Canonicalize(), FindSites()])
+    sites, skips = find_sites(program)
+    objective = choose_objective(original, batches[0], loss, seed) if batches else SquaredError(seed)
+    with stages("calibrate"):
+        moments = Moments(mode="data_free", unit=UNITS["data_free"])
+        if mode != "data_free":
+            moments = calibrate(program, batches, objective, mode, progress)
+    with stages("analyse"):
+        regions, failed = analyse(program, find_regions(sites), moments, None, progress)
+    spectra = {name: region.spectrum for name, region in regions.items()}
+    run_passes(program, [Annotate(spectra)], written=[SITE])
+    module = model if isinstance(model, nn.Module) else None
+    return Analysis(
+        original, program, regions, [*skips, *failed], moments, objective, held, module, stages, progress, files or {}
+    )
+
+
+def optimize(
+    model: nn.Module | ExportedProgram,
+    budget: Budget,
+    *,
+    calibration: Any = None,
+    include: Iterable[str] | str | None = None,
+    ignore: Iterable[str] | str = (),
+    **settings: Any,
+) -> OptimizedModel:
+    """Compress ``model`` to ``budget`` with the least predicted loss; ``settings`` are those of `analyze`.
+
+    A factorization that turns out not to fit is refused and the plan made again without it.
+
+    Raises:
+        BudgetInfeasibleError: no plan meets the budget; carries the smallest.
+    """
+    analysis = analyze(model, calibration, **settings)
+    return optimize_analysis(analysis, budget, include=include, ignore=ignore)
+
+
+def optimize_analysis(
+    analysis: Analysis, budget: Budget, *, include: Iterable[str] | str | None = None, ignore: Iterable[str] | str = ()
+) -> OptimizedModel:
+    """`optimize` from an analysis that is there already."""
+    for _ in range(REPLANS):
+        plan = analysis.plan(budget, include=include, ignore=ignore)
+        rewrites, failures = analysis.fit(plan)
+        if not failures:
+            return analysis.finish(plan, rewrites)
+        names = {choice.region: choice.factorization.name for choice in plan.choices}
+        analysis.refused |= {(region, names[region]): str(why) for region, why in failures.items()}
+    raise NumericsError(f"{REPLANS} plans could not be fitted", fix="leave the sites in analysis.refused out by ignore=")
+
+
+def _batches(data: Any, tokenizer: Any, names: tuple[str, ...], what: str) -> list[Batch]:
+    if data is None:
+        return []
+    texts = isinstance(data, (str, Path)) or (isinstance(data, (list, tuple)) and data and isinstance(data[0], str))
+    if not texts:
+        return collect(data, names, what)
+    if tokenizer is None:
+        raise ConfigError(f"{what} is text", fix="pass tokenizer=")
+    return list(windows(data, tokenizer, length=WINDOW_TOKENS, batch_size=2))

@@ -1,0 +1,36 @@
+"""How long each stage took and the memory that the process had needed by its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from geofx.report import Stage
+
+
+class Stages:
+    """Collects a `Stage` per ``with stages("name"):`` block."""
+
+    def __init__(self) -> None:
+        self.done: list[Stage] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time one block; nothing is recorded where it fails."""
+        start = time.perf_counter()
+        yield
+        self.done.append(Stage(name, time.perf_counter() - start, peak_memory_bytes()))
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far; the present one where the system keeps no peak."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().rss)
+    import resource  # a POSIX module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,94 @@
+"""The report of a result, from its analysis, plan and measurements."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geofx.plan import Choice, Plan
+from geofx.program import Program
+from geofx.report import CalibrationCard, Measured, RegionRow, Report
+from geofx.spectrum import Spectrum
+from geofx.verify import Fidelity
+
+if TYPE_CHECKING:
+    from geofx.analysis import Analysis
+
+SPECTRUM_POINTS = 64
+"""A spectrum in a report is thinned to at most so many values."""
+
+
+def summarize(analysis: Analysis, plan: Plan, program: Program, fidelity: Fidelity | None) -> Report:
+    """Original against optimized: bytes, parameters, flops, losses, and a row per region."""
+    linear = sum(choice.parameters for choice in plan.choices)
+    dense_linear = sum(choice.dense_parameters for choice in plan.choices)
+    moments = analysis.moments
+    return Report(
+        model=type(analysis.module).__name__ if analysis.module is not None else "exported program",
+        budget=_in_words(plan),
+        counting=f"scope {plan.budget.scope}: tied weights once, tensors as stored, indices included",
+        original=Measured(
+            size_bytes=analysis.original.size_bytes(),
+            parameters=analysis.original.parameter_count(),
+            linear_parameters=dense_linear,
+            flops_per_token=plan.dense.flops,
+            loss=fidelity.loss_original if fidelity else None,
+        ),
+        optimized=Measured(
+            size_bytes=program.size_bytes(),
+            parameters=program.parameter_count(),
+            linear_parameters=linear,
+            flops_per_token=plan.predicted.flops,
+            loss=fidelity.loss_optimized if fidelity else None,
+        ),
+        predicted_loss=plan.loss,
+        fidelity={key: value for key, value in asdict(fidelity).items() if key != "unit"} if fidelity else {},
+        stages=tuple(analysis.stages.done),
+        calibration=CalibrationCard(
+            moments.mode,
+            moments.unit,
+            max(moments.tokens.values(), default=0),
+            moments.loss_terms,
+            dict(moments.dropped),
+        ),
+        regions=tuple(_rows(analysis, plan)),
+        notes=tuple(f"{skip.weight}: {skip.reason}: {skip.detail}" for skip in analysis.skips),
+    )
+
+
+def _rows(analysis: Analysis, plan: Plan) -> Iterable[RegionRow]:
+    refused: dict[str, list[str]] = defaultdict(list)
+    for rejection in plan.rejections:
+        refused[rejection.region].append(f"{rejection.reason}: {rejection.factorization} {rejection.detail}".strip())
+    for choice in plan.choices:
+        spectrum = analysis.regions[choice.region].spectrum if choice.region in analysis.regions else None
+        yield _row(choice, tuple(refused[choice.region]), spectrum)
+
+
+def _row(choice: Choice, refused: tuple[str, ...], spectrum: Spectrum | None) -> RegionRow:
+    return RegionRow(
+        name=choice.region,
+        kind=choice.kind,
+        shape=tuple(choice.shape),
+        factorization=choice.factorization.name,
+        rank=getattr(choice.factorization, "rank", None),
+        kept_ratio=choice.parameters / max(1, choice.dense_parameters),
+        loss=choice.loss,
+        refused=refused,
+        spectrum=() if spectrum is None else _thinned(spectrum),
+    )
+
+
+def _thinned(spectrum: Spectrum) -> tuple[float, ...]:
+    count = len(spectrum.squares)
+    picked = np.unique(np.linspace(0, count - 1, min(count, SPECTRUM_POINTS)).round().astype(int))
+    return tuple(float(spectrum.squares[index]) for index in picked)
+
+
+def _in_words(plan: Plan) -> str:
+    limits = {key: value for key, value in asdict(plan.budget).items() if value is not None and key != "scope"}
+    return ", ".join(f"{key} {value}" for key, value in limits.items())
