@@ -1,0 +1,67 @@
+"""The report in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geofx.report import Report
+from geofx.report_rows import comparison, in_bytes, in_loss, in_percent, in_seconds, plain
+
+MOST_REGIONS = 12
+
+
+def report_tables(report: Report, regions: int = MOST_REGIONS) -> Iterator[RenderableType]:
+    """What was asked, original against optimized, the dearest regions, the stages."""
+    yield Text(f"{plain(report.model)}: {plain(report.budget)}", style="bold")
+    yield Text(f"Counted as {plain(report.counting)}.", style="dim")
+    yield comparison_table(report)
+    if report.regions and regions:
+        yield region_table(report, regions)
+    if report.stages:
+        yield stage_table(report)
+    for note in report.notes[:MOST_REGIONS]:
+        yield Text(f"Note: {plain(note)}", style="dim")
+
+
+def comparison_table(report: Report) -> Table:
+    """Original against optimized."""
+    table = _table("", "original", "optimized", "change")
+    for row in comparison(report):
+        table.add_row(row.label, row.original, row.optimized, row.change)
+    return table
+
+
+def region_table(report: Report, most: int) -> Table:
+    """The rewritten regions with the largest predicted loss."""
+    rewritten = [row for row in report.regions if row.factorization != "dense"]
+    dearest = sorted(rewritten, key=lambda row: row.loss or 0.0, reverse=True)[:most]
+    table = _table("region", "form", "rank", "kept", "predicted loss")
+    table.title = f"{len(rewritten)} of {len(report.regions)} regions rewritten; the {len(dearest)} dearest"
+    for row in dearest:
+        rank = "" if row.rank is None else str(row.rank)
+        loss = "" if row.loss is None else in_loss(row.loss)
+        table.add_row(
+            Text(plain(row.name)), Text(plain(row.factorization)), rank, in_percent(row.kept_ratio), loss
+        )
+    return table
+
+
+def stage_table(report: Report) -> Table:
+    """Seconds and peak memory of each stage."""
+    table = _table("stage", "time", "peak memory")
+    for stage in report.stages:
+        peak = "" if stage.peak_memory_bytes is None else in_bytes(stage.peak_memory_bytes)
+        table.add_row(Text(plain(stage.name)), in_seconds(stage.seconds), peak)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(title_justify="left", title_style="bold", header_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
