@@ -1,1 +1,1 @@
-"""TODO."""
+"""Export: ONNX from the graph, TorchScript from the eager module; published after they ran and agreed."""

@@ -1,0 +1,65 @@
+"""Write beside the target, publish by one rename: a reader sees the old file or the new one."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from geofx.errors import ConfigError, ExportError, ResourceError
+
+
+def target_file(path: str | Path, suffix: str) -> Path:
+    """``path`` with links followed, checked before any work is done.
+
+    Raises:
+        ConfigError: it has not the ``suffix``, is a folder or no regular file, or its folder does not exist.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.suffix != suffix:
+        raise ConfigError(
+            f"{target.name!r} does not end in {suffix}", fix=f"pass a path such as model{suffix}"
+        )
+    if target.exists() and not target.is_file():
+        raise ConfigError("the target is not a regular file", where=target.name, fix="pass another path")
+    if not target.parent.is_dir():
+        raise ConfigError(
+            "the target's folder does not exist", where=target.parent.name, fix="create it first"
+        )
+    return target
+
+
+@contextmanager
+def staging(target: Path, needed_bytes: int) -> Iterator[Path]:
+    """A scratch folder on the target's disk, removed at the end.
+
+    Raises:
+        ResourceError: less than ``needed_bytes`` is free, or the disk became full.
+        ExportError: the folder cannot be written.
+    """
+    _require_space(target, needed_bytes)
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".tmp-{target.stem[:100]}-", dir=target.parent))
+        yield folder
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _too_small(target, needed_bytes) from error
+        raise ExportError(f"cannot write: {error.strerror or error}", where=target.name) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_space(target: Path, needed_bytes: int) -> None:
+    if shutil.disk_usage(target.parent).free < needed_bytes:
+        raise _too_small(target, needed_bytes)
+
+
+def _too_small(target: Path, needed_bytes: int) -> ResourceError:
+    free = shutil.disk_usage(target.parent).free
+    what = f"the disk is too small: {needed_bytes / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+    return ResourceError(what, where=target.name, fix="free some space; nothing was published")
