@@ -1,0 +1,209 @@
+"""One region's entry in a plan: its factorization, its price, and the checks that it must pass."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
+
+from geofx.errors import PlanError
+from geofx.factorizations import Dense, Factorization, from_json, to_json
+from geofx.patterns import nearest
+from geofx.region import Region, RegionKind
+from geofx.site import Site
+from geofx.workload import measure
+
+MAX_SIDE = 2**28
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Count = Annotated[int, Field(ge=0)]
+
+
+def _read_factorization(data: Any) -> Factorization:
+    if not isinstance(data, dict):
+        raise ValueError("a factorization is an object with a name")
+    try:
+        return from_json(data)
+    except PlanError as error:
+        raise ValueError(str(error)) from error
+
+
+StoredFactorization = Annotated[
+    Factorization, PlainValidator(_read_factorization), PlainSerializer(to_json, return_type=dict[str, Any])
+]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes and numbers stored, flops per token."""
+
+    bytes: int
+    parameters: int
+    flops: float
+
+    __pydantic_config__ = STRICT
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.bytes + other.bytes, self.parameters + other.parameters, self.flops + other.flops)
+
+    def __sub__(self, other: Totals) -> Totals:
+        return Totals(self.bytes - other.bytes, self.parameters - other.parameters, self.flops - other.flops)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The factorization of one region, its price and the price of leaving the region dense.
+
+    Attributes:
+        shapes: (out, in) of each weight, canonical.
+        loss: predicted increase; None where it was not predicted (edited by hand).
+    """
+
+    region: str
+    kind: RegionKind
+    weights: tuple[str, ...]
+    shapes: tuple[tuple[Side, Side], ...]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    factorization: StoredFactorization
+    loss: float | None
+    parameters: Count
+    bytes: Count
+    flops: float
+    dense_parameters: Count
+    dense_bytes: Count
+    dense_flops: float
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def price(self) -> Totals:
+        """What the chosen factors store and compute."""
+        return Totals(self.bytes, self.parameters, self.flops)
+
+    @property
+    def dense(self) -> Totals:
+        """What the weights as they were store and compute."""
+        return Totals(self.dense_bytes, self.dense_parameters, self.dense_flops)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the region is left as it is."""
+        return isinstance(self.factorization, Dense)
+
+    def as_region(self) -> Region:
+        """The region as far as prices need it: names, shapes, dtype."""
+        pairs = zip(self.weights, self.shapes, strict=True)
+        return Region(
+            self.region, self.kind, tuple(Site(name, shape, dtype=self.dtype) for name, shape in pairs)
+        )
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What was not taken or not proposed, and why; ``factorization`` is empty where it concerns all."""
+
+    region: str
+    factorization: str
+    reason: str
+    detail: str
+
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How good the plan is proved to be.
+
+    Attributes:
+        status: ``optimal``, ``nothing to do``, ``not proved optimal``, ``closest`` or ``edited``.
+        objective: the minimised sum: loss, or bytes where only the loss is limited.
+        bound: no plan within the budget is below.
+        gap: (objective - bound) / objective.
+    """
+
+    status: str
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+    __pydantic_config__ = STRICT
+
+
+def reprice(choice: Choice, factorization: Factorization, where: str) -> Choice:
+    """``choice`` with this factorization at measured prices; a loss predicted for another is dropped.
+
+    Raises:
+        PlanError: the factorization does not fit the region.
+    """
+    try:
+        region = choice.as_region()
+        if choice.kind not in factorization.regions:
+            raise ValueError(f"{factorization.name} does not rewrite {choice.kind} regions")
+        factorization.factor_shapes(region)
+        work, dense = measure(factorization, region), measure(Dense(), region)
+    except (PlanError, ValueError, RuntimeError) as error:
+        raise PlanError(f"{choice.region}: {error}", where=where, fix="mend this entry") from error
+    repriced = replace(
+        choice,
+        factorization=factorization,
+        parameters=work.parameters,
+        bytes=work.weight_bytes,
+        flops=work.flops,
+        dense_parameters=dense.parameters,
+        dense_bytes=dense.weight_bytes,
+        dense_flops=dense.flops,
+    )
+    if repriced.is_dense:
+        return replace(repriced, loss=0.0)
+    same = (choice.factorization, choice.bytes, choice.parameters) == (
+        factorization,
+        repriced.bytes,
+        repriced.parameters,
+    )
+    return repriced if same else replace(repriced, loss=None)
+
+
+def require_disjoint(choices: Iterable[Choice], tied: Mapping[str, str]) -> None:
+    """Raises PlanError where two choices rewrite one weight; ``tied`` maps further names to the first."""
+    owner: dict[str, str] = {}
+    for index, choice in enumerate(choices):
+        for weight in choice.weights:
+            first = owner.setdefault(tied.get(weight, weight), f"choices[{index}]")
+            if first != f"choices[{index}]" or choice.weights.count(weight) > 1:
+                raise PlanError(
+                    f"{weight} is rewritten twice, also by {first}",
+                    where=f"choices[{index}]",
+                    fix="remove one",
+                )
+
+
+def require_fits(choice: Choice, known: Mapping[str, Region], where: str) -> None:
+    """Raises PlanError unless ``choice`` is for one of the ``known`` regions and fits it."""
+    if choice.region not in known:
+        near = nearest(choice.region, known)
+        raise PlanError(
+            f"the model has no region {choice.region!r}", where=where, fix=f"the nearest are {near}"
+        )
+    region = known[choice.region]
+    for field, wanted in (
+        ("kind", region.kind),
+        ("weights", region.weights),
+        ("shapes", tuple(site.shape for site in region.sites)),
+        ("dtype", region.sites[0].dtype),
+    ):
+        if getattr(choice, field) != wanted:
+            raise PlanError(
+                f"{choice.region}: {field} is {getattr(choice, field)}, the model has {wanted}",
+                where=f"{where}.{field}",
+                fix="plan again",
+            )
+    reprice(choice, choice.factorization, where)
+
+
+def plain(name: str) -> str:
+    """``name`` without control and format characters, which a terminal would obey."""
+    return "".join(letter for letter in name if unicodedata.category(letter)[0] != "C")
