@@ -42,7 +42,7 @@ class OnnxRunner:
         require_onnx()
         options = _options()
         options.intra_op_num_threads = threads
-        self.session = _session(Path(path), options)
+        self.session = _session(Path(path).resolve(), options)  # data lies beside the file, not its link
         self.input_names = tuple(value.name for value in self.session.get_inputs())
         self.output_names = tuple(value.name for value in self.session.get_outputs())
 
