@@ -7,3 +7,27 @@ from pathlib import Path
 _ROOT = Path(__file__).parent.parent
 if (_ROOT / "pyproject.toml").is_file():  # run from a checkout: passes/ and cost_models/ lie beside geofx/
     __path__.append(str(_ROOT))
+
+from geofx.analysis import Analysis  # noqa: E402
+from geofx.api import analyze, optimize  # noqa: E402
+from geofx.budget import Budget  # noqa: E402
+from geofx.errors import GeofxError  # noqa: E402
+from geofx.model import OptimizedModel  # noqa: E402
+from geofx.plan import Plan  # noqa: E402
+from geofx.program import Program  # noqa: E402
+from geofx.restore import load  # noqa: E402
+from geofx.trace import trace  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "Analysis",
+    "Budget",
+    "GeofxError",
+    "OptimizedModel",
+    "Plan",
+    "Program",
+    "analyze",
+    "load",
+    "optimize",
+    "trace",
+]

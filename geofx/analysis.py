@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
+from geofx.choice import Totals
 from geofx.errors import NumericsError, VerificationError
 from geofx.factorizations import FACTORIZATIONS, Factorization, Factors
 from geofx.model import OptimizedModel
@@ -24,7 +27,7 @@ from geofx.passes.contract import run_passes
 from geofx.passes.count_flops import count_flops
 from geofx.passes.lower import Lower
 from geofx.patterns import matching
-from geofx.plan import Plan, Totals
+from geofx.plan import Plan
 from geofx.planner import choose
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
@@ -141,12 +144,11 @@ class Analysis:
 
     def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
         """The rewritten, checked and verified result of a fitted plan."""
-        plan = plan.with_fitted({name: fitted for name, (fitted, _) in rewrites.items()})
+        plan = self._as_fitted(plan, rewrites)
         program = self.original.clone() if not rewrites else self._lowered(rewrites)
         _require_planned_size(program, plan)
         held = self.holdout if holdout is None else holdout
         fidelity = self._verified(program, rewrites, held) if held else None
-        config = getattr(self.module, "config", None)
         return OptimizedModel(
             program=program,
             plan=plan,
@@ -154,9 +156,21 @@ class Analysis:
             fidelity=fidelity,
             rewrites=rewrites,
             module=self.module,
-            config=config.to_dict() if hasattr(config, "to_dict") else None,
+            config=_config_of(self.module),
             files=self.files,
         )
+
+    def _as_fitted(self, plan: Plan, rewrites: Rewrites) -> Plan:
+        """Settings that a fit filled in, and the predicted loss of choices that were edited by hand."""
+        choices = []
+        for choice in plan.choices:
+            fitted, _ = rewrites.get(choice.region, (choice.factorization, {}))
+            loss = choice.loss
+            if loss is None:
+                analysis = self.regions[choice.region]
+                loss = choice.factorization.predicted_loss(analysis.region, analysis)
+            choices.append(replace(choice, factorization=fitted, loss=loss))
+        return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))
 
     def _lowered(self, rewrites: Rewrites) -> Program:
         with self.stages("rewrite"):
@@ -192,6 +206,14 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _config_of(module: nn.Module | None) -> dict[str, Any] | None:
+    """The Hugging Face configuration of a model that has one, naming its own class."""
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    return {**config.to_dict(), "architectures": [type(module).__name__]}
 
 
 def _stored(factors: Factors, analysis: RegionAnalysis) -> Factors:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geofx.plan import Choice, Plan
+from geofx.choice import Choice
+from geofx.plan import Plan
 from geofx.program import Program
 from geofx.report import CalibrationCard, Measured, RegionRow, Report
 from geofx.spectrum import Spectrum
@@ -73,7 +74,7 @@ def _row(choice: Choice, refused: tuple[str, ...], spectrum: Spectrum | None) ->
     return RegionRow(
         name=choice.region,
         kind=choice.kind,
-        shape=tuple(choice.shape),
+        shape=choice.shapes[0],
         factorization=choice.factorization.name,
         rank=getattr(choice.factorization, "rank", None),
         kept_ratio=choice.parameters / max(1, choice.dense_parameters),

@@ -32,8 +32,10 @@ class _Call(nn.Module):
         super().__init__()
         self.inner = model
 
+        by_position = isinstance(model, fx.GraphModule) and not _keywords(model)
+
         def forward(**inputs: Any) -> Any:
-            return model(**inputs, **constants)
+            return model(*inputs.values()) if by_position else model(**inputs, **constants)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
@@ -87,6 +89,12 @@ def forward_names(model: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.signature(model.forward)
     return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in kinds)
+
+
+def _keywords(module: fx.GraphModule) -> bool:
+    """Whether a traced module takes its inputs by keyword only."""
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    return info is not None and info.in_spec.num_children == 2 and info.in_spec.child(1).num_leaves > 0
 
 
 def _at_least_two(value: Tensor) -> Tensor:

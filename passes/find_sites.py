@@ -16,7 +16,8 @@ from geofx.site import Site, Skip
 aten = torch.ops.aten
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.alias.default, aten.detach.default)
-_MULTIPLYING = {"linear", "matmul", "embedding", "embedding_bag", "einsum", "t", "transpose", "permute", "slice", "split", "chunk"}
+_PRODUCTS = {"linear", "matmul", "einsum", "t"}
+_LEADING_TO_PRODUCTS = {"embedding", "embedding_bag", "transpose", "permute", "slice", "split", "chunk"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -61,7 +62,7 @@ def find_sites(program: Program) -> tuple[list[Site], list[Skip]]:
 
 def _site_or_skip(program: Program, name: str, nodes: list[fx.Node]) -> Site | Skip | None:
     value = program.attribute(name)
-    if not isinstance(value, Tensor) or value.dim() < 2 or not _is_multiplied(nodes):
+    if not isinstance(value, Tensor) or value.dim() < 2 or not _is_multiplied(nodes, value):
         return None
     refusal = _refusal(value)
     if refusal is not None:
@@ -92,10 +93,11 @@ def _from_uses(program: Program, name: str, value: Tensor, uses: list[tuple[fx.N
     return replace(site, input="+".join(inputs), nodes=names, aliases=aliases)
 
 
-def _is_multiplied(nodes: list[fx.Node]) -> bool:
-    """Whether any use is a product, a lookup, or a view that may lead to one."""
+def _is_multiplied(nodes: list[fx.Node], value: Tensor) -> bool:
+    """Whether any use is a product, or a lookup or view of numbers that may lead to one."""
     names = {str(getattr(user.target, "__name__", user.target)).split(".")[0] for node in nodes for user in node.users}
-    return any(name in _MULTIPLYING or "mm" in name or "conv" in name for name in names)
+    words = _PRODUCTS | _LEADING_TO_PRODUCTS if value.is_floating_point() else _PRODUCTS
+    return any(name in words or "mm" in name or "conv" in name for name in names)
 
 
 def _refusal(value: Tensor) -> tuple[str, str] | None:
