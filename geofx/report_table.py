@@ -45,7 +45,11 @@ def region_table(report: Report, most: int) -> Table:
         rank = "" if row.rank is None else str(row.rank)
         loss = "" if row.loss is None else in_loss(row.loss)
         table.add_row(
-            Text(plain(row.name)), Text(plain(row.factorization)), rank, in_percent(row.kept_ratio), loss
+            Text(plain(row.name.removesuffix(".weight"))),
+            Text(plain(row.factorization)),
+            rank,
+            in_percent(row.kept_ratio),
+            loss,
         )
     return table
 

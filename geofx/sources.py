@@ -8,12 +8,12 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -131,6 +131,19 @@ def load_tokenizer(folder: Path) -> Any | None:
         )
 
 
+def module_from_config(config: Mapping[str, Any]) -> nn.Module | None:
+    """A model of this configuration with weights yet to be filled in; None without transformers or such a class."""
+    try:
+        transformers = _transformers()
+        kind = transformers.CONFIG_MAPPING[str(config.get("model_type"))]
+    except (MissingDependencyError, KeyError):
+        return None
+    parsed = kind.from_dict({name: value for name, value in config.items() if not name.startswith("_")})
+    auto = getattr(transformers, _auto_class(parsed))
+    model = auto.from_config(parsed, trust_remote_code=False)
+    return model if type(model).__name__ in (parsed.architectures or ()) else None
+
+
 def _packaged_file(distribution: str, name: str, install: str) -> Path:
     try:
         files = metadata.files(distribution) or []
@@ -142,16 +155,25 @@ def _packaged_file(distribution: str, name: str, install: str) -> Path:
     return Path(str(found.locate()))
 
 
-def _load_factory(name: str) -> Source:
+def load_callable(name: str) -> Callable[[], Any]:
+    """The function that ``module:function`` names; the module is looked for in the working folder too.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module_name, _, attribute = name.partition(":")
     try:
         with _working_directory_importable():
-            factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"cannot import the factory {name!r}: {error}", fix="give module:function"
-        ) from error
-    made = factory()
+            found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import {name!r}: {error}", fix="give module:function") from error
+    if not callable(found):
+        raise ConfigError(f"{name!r} is {type(found).__name__}", fix="give module:function")
+    return cast("Callable[[], Any]", found)
+
+
+def _load_factory(name: str) -> Source:
+    made = load_callable(name)()
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned {type(model).__name__}", fix="return a torch.nn.Module")

@@ -111,7 +111,7 @@ def windows(
     if room < 2:
         raise ConfigError(f"windows of {length} tokens", where=f"{specials}", fix="use a greater length")
     if isinstance(texts, Path):
-        _require_file(texts)
+        require_file(texts)
     dropped: Counter[str] = Counter()
     if isinstance(texts, str | Path):
         bodies = _cut_corpus(_pieces(texts), tokenizer, room)
@@ -166,7 +166,8 @@ def _window_length(length: int, tokenizer: Any, max_positions: int | None) -> in
     return shortest
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raises CalibrationError unless ``path`` is a file."""
     if not path.is_file():
         fix = "give the path of a text file" if path.exists() else "check the path"
         raise CalibrationError("no such text file", where=path.name, fix=fix)

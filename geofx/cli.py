@@ -1,0 +1,133 @@
+"""The command line: results on stdout, the rest on stderr, one exit code per kind of error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from geofx import cli_options as options
+from geofx import demo as demo_run
+from geofx import doctor as examination
+from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
+from geofx.cli_optimize import apply, optimize, plan
+from geofx.cli_results import bench, evaluate, export, inspect
+from geofx.environment import version_of
+from geofx.errors import GeofxError, ResourceError
+from geofx.report_table import report_tables
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED, BROKEN_PIPE = 130, 141
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a bug in geofx; 2 a wrong option, model, pattern or plan, or a missing package; "
+    "3 the budget cannot be met; 4 unusable text or data; 5 values that are not finite; "
+    "6 a file or folder that cannot be read or written; 7 an export failed or did not agree; "
+    "8 too little disk or memory; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="geofx",
+    help="Compress a model to a budget: factorize its matmuls where the loss notices least.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    set_up_streams(verbose=False)
+    try:
+        code = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+    except GeofxError as error:
+        show_error(error)
+        return error.exit_code
+    except MemoryError:
+        show_error(
+            ResourceError("out of memory", fix="use a smaller model, fewer --tokens or a shorter --length")
+        )
+        return ResourceError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        return _other(error)
+    return code if isinstance(code, int) else 0
+
+
+def _other(error: Exception) -> int:
+    """A wrong command line, which click's errors describe themselves, or a bug."""
+    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if callable(message) and isinstance(code, int):
+        show_usage_error(message() or "give a command")
+        return code
+    logger.error("this is a bug in geofx", exc_info=error)
+    return 1
+
+
+@app.callback()
+def _settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, to stderr.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    set_up_streams(verbose)
+    if version:
+        sys.stdout.write(f"geofx {version_of('geofx')}\n")
+        raise typer.Exit
+
+
+def demo(
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FOLDER", help="Where the model, its export and the report go."
+        ),
+    ] = demo_run.FOLDER,
+    as_json: options.Json = False,
+) -> None:
+    """Compress SmolLM2-135M, export it, and show it beside the original (under 10 minutes on 2 cores)."""
+    with working() as progress:
+        report = demo_run.run(output, progress)
+    if as_json:
+        show_json(report.to_json())
+    else:
+        show(*report_tables(report, regions=0), f"Report: {output / demo_run.REPORT}")
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Say what is installed, what is missing and how to install it."""
+    checks = examination.examine()
+    if as_json:
+        show_json(examination.to_json(checks))
+        return
+    table = Table("", "found", "to do", header_style="bold")
+    for check in checks:
+        table.add_row(check.name, check.found, check.fix)
+    show(table)
+
+
+COMMANDS: tuple[tuple[str, Any], ...] = (
+    ("optimize", optimize),
+    ("plan", plan),
+    ("apply", apply),
+    ("inspect", inspect),
+    ("export", export),
+    ("eval", evaluate),
+    ("bench", bench),
+    ("demo", demo),
+    ("doctor", doctor),
+)
+for _name, _command in COMMANDS:
+    app.command(_name)(_command)

@@ -1,0 +1,192 @@
+"""geofx optimize, plan and apply: from a model to a saved result, in one step or in three."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geofx import cli_options as options
+from geofx.analysis import Analysis
+from geofx.api import analyze, optimize_analysis
+from geofx.cli_console import ConsoleProgress, show, show_json, working
+from geofx.errors import ConfigError
+from geofx.folder import check_target
+from geofx.model import OptimizedModel
+from geofx.plan import Plan
+from geofx.report_html import report_html
+from geofx.report_table import report_tables
+from geofx.sources import Source, load_source, tokenizer_files
+
+PLAN_FILE = Path("plan.json")
+
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")
+]
+
+
+def optimize(
+    model: options.Model,
+    output: options.Output,
+    text: options.Text = None,
+    data: options.Data = None,
+    holdout: options.Holdout = None,
+    size: options.Size = None,
+    parameters: options.Parameters = None,
+    flops: options.Flops = None,
+    loss: options.Loss = None,
+    scope: options.Scope = "model",
+    include: options.Include = None,
+    ignore: options.Ignore = None,
+    mode: options.Mode = "two_sided",
+    tokens: options.Tokens = options.CALIBRATION_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    seed: options.Seed = 0,
+    html: HtmlFile = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compress MODEL to a budget, verify it on held-out data and save it in OUT."""
+    budget = options.budget_of(size, parameters, flops, loss, scope)
+    check_target(output, overwrite=overwrite)
+    options.check_data(text, data, holdout, needed=mode != "data_free")
+    with working() as progress:
+        with progress.step("load"):
+            source = load_source(model)
+        options.check_patterns(source, include, ignore)
+        analysis = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+        result = optimize_analysis(analysis, budget, include=include, ignore=ignore or ())
+        result = _named(result, source)
+        with progress.step("save"):
+            result.save(output, overwrite=overwrite)
+        _write_html(result, html)
+    _show_result(result, as_json)
+
+
+def plan(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="PLAN", help="File to write.")
+    ] = PLAN_FILE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    text: options.Text = None,
+    data: options.Data = None,
+    size: options.Size = None,
+    parameters: options.Parameters = None,
+    flops: options.Flops = None,
+    loss: options.Loss = None,
+    scope: options.Scope = "model",
+    include: options.Include = None,
+    ignore: options.Ignore = None,
+    mode: options.Mode = "two_sided",
+    tokens: options.Tokens = options.CALIBRATION_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    seed: options.Seed = 0,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
+    budget = options.budget_of(size, parameters, flops, loss, scope)
+    kept = analysis is not None and analysis.exists()
+    if not dry_run and not output.parent.is_dir():
+        raise ConfigError("the folder for the plan does not exist", where=str(output), fix="create it first")
+    options.check_data(text, data, None, needed=mode != "data_free" and not kept)
+    with working() as progress:
+        with progress.step("load"):
+            source = load_source(model)
+        options.check_patterns(source, include, ignore)
+        if analysis is not None and kept:
+            found = Analysis.load(analysis, source.model)
+        else:
+            found = _analysis(source, text, data, None, mode, tokens, length, seed, progress)
+        if analysis is not None and not kept:
+            found.save(analysis)
+        made = found.plan(budget, include=include, ignore=ignore or ())
+        if not dry_run:
+            made.save(output)
+    if as_json:
+        show_json(json.loads(made.to_json()))
+    else:
+        show(str(made))
+
+
+def apply(
+    model: options.Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that geofx plan wrote.")],
+    output: options.Output,
+    text: options.Text = None,
+    data: options.Data = None,
+    holdout: options.Holdout = None,
+    mode: options.Mode = "two_sided",
+    tokens: options.Tokens = options.CALIBRATION_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    seed: options.Seed = 0,
+    analysis: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The analysis that the plan is of.")
+    ] = None,
+    html: HtmlFile = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Rewrite MODEL as PLAN says, verify it and save it in OUT."""
+    made = Plan.load(plan_file)
+    check_target(output, overwrite=overwrite)
+    options.check_data(text, data, holdout, needed=mode != "data_free" and analysis is None)
+    with working() as progress:
+        with progress.step("load"):
+            source = load_source(model)
+        if analysis is not None:
+            found = Analysis.load(analysis, source.model)
+        else:
+            found = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+        result = _named(found.apply(made), source)
+        with progress.step("save"):
+            result.save(output, overwrite=overwrite)
+        _write_html(result, html)
+    _show_result(result, as_json)
+
+
+def _analysis(
+    source: Source,
+    text: str | None,
+    data: str | None,
+    holdout: str | None,
+    mode: options.Mode,
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: ConsoleProgress,
+) -> Analysis:
+    calibration, held = options.calibration_of(source, text, data, holdout, tokens, length)
+    return analyze(
+        source.model,
+        calibration,
+        mode=mode,
+        holdout=held,
+        example=options.example_of(source, calibration),
+        seed=seed,
+        progress=progress,
+        files={} if source.tokenizer is None else tokenizer_files(source.tokenizer),
+    )
+
+
+def _named(result: OptimizedModel, source: Source) -> OptimizedModel:
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, model=source.description))
+
+
+def _write_html(result: OptimizedModel, file: Path | None) -> None:
+    if file is not None:
+        file.write_text(report_html(result.report), encoding="utf-8")
+
+
+def _show_result(result: OptimizedModel, as_json: bool) -> None:
+    if as_json:
+        show_json(result.report.to_json())
+    else:
+        show(*report_tables(result.report))

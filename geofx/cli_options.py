@@ -1,0 +1,166 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from geofx.batches import Batch
+from geofx.budget import Amount, Budget
+from geofx.errors import CalibrationError, ConfigError
+from geofx.patterns import matching
+from geofx.sources import Source, load_callable
+from geofx.text import Texts, python_text, require_file, windows
+
+CALIBRATION_TOKENS = 24576
+WINDOW_TOKENS = 512
+BATCH_ROWS = 2
+PYTHON_TEXT = "python"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder or hub id, a .gguf file, module:function, smollm2 or minilm.",
+    ),
+]
+Saved = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that geofx saved.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to save the result in.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what geofx saved there before.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Text = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="UTF-8 text to calibrate on, or 'python' for Python's own manual."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="MODULE:FUNCTION", help="Function that returns batches, instead of text."),
+]
+Holdout = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Text to verify on; by default an eighth of the calibration."),
+]
+Tokens = Annotated[int, typer.Option(min=2, help="How many tokens of the text to use.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per window, as far as the model takes so many.")]
+Mode = Annotated[
+    Literal["two_sided", "forward", "data_free"],
+    typer.Option(help="Statistics: forward and backward, forward only, or from the weights alone."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Size = Annotated[
+    str | None, typer.Option(metavar="AMOUNT", help="Bytes: a share (0.8, 80%) or 120MB, 350MiB.")
+]
+Parameters = Annotated[str | None, typer.Option(metavar="AMOUNT", help="Numbers stored: a share or a count.")]
+Flops = Annotated[str | None, typer.Option(metavar="AMOUNT", help="Flops per token: a share or a count.")]
+Loss = Annotated[
+    float | None, typer.Option(help="Largest predicted increase of the loss, in nats per token.")
+]
+Scope = Annotated[
+    Literal["model", "factorizable"], typer.Option(help="What shares and limits are of: all, or the matmuls.")
+]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Only these weights; glob or re:REGEX.")
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Not these weights; glob or re:REGEX.")
+]
+Original = Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to compare with.")]
+
+
+def budget_of(
+    size: str | None, parameters: str | None, flops: str | None, loss: float | None, scope: Any
+) -> Budget:
+    """The budget that the options ask for.
+
+    Raises:
+        ConfigError: none was given, or one has no accepted form.
+    """
+    amounts = {"size": size, "parameters": parameters, "flops": flops}
+    return Budget(**{name: _amount(text) for name, text in amounts.items()}, loss=loss, scope=scope)
+
+
+def check_data(text: str | None, data: str | None, holdout: str | None, needed: bool = True) -> None:
+    """Raises before any work if what would be read later is not there."""
+    if text and data:
+        raise ConfigError("both --text and --data were given", fix="give one of them")
+    if needed and not text and not data:
+        raise ConfigError(
+            "there is nothing to calibrate on",
+            fix="give --text FILE, --data module:function or --mode data_free",
+        )
+    for name in (text, holdout):
+        if name is not None and name != PYTHON_TEXT:
+            require_file(Path(name))
+
+
+def check_patterns(source: Source, include: Iterable[str] | None, ignore: Iterable[str] | None) -> None:
+    """Raises before any work if a pattern matches no parameter at all."""
+    names = [name for name, _ in source.model.named_parameters(remove_duplicate=False)]
+    matching(names, include or (), ignore or ())
+
+
+def calibration_of(
+    source: Source, text: str | None, data: str | None, holdout: str | None, tokens: int, length: int
+) -> tuple[Any, list[Batch] | None]:
+    """(calibration, held-out) batches; either may be None."""
+    calibration = None if data is None else load_callable(data)()
+    held = None
+    if text is not None:
+        calibration = _batches(
+            source, python_text()[0] if text == PYTHON_TEXT else Path(text), tokens, length
+        )
+    if holdout is None and text == PYTHON_TEXT:
+        holdout = PYTHON_TEXT
+    if holdout is not None:
+        held = _batches(source, corpus(holdout), max(length, tokens // 8), length)
+    return calibration, held
+
+
+def corpus(text: str) -> Texts:
+    """The held-out part of Python's manual, or a file."""
+    return python_text()[1] if text == PYTHON_TEXT else Path(text)
+
+
+def example_of(source: Source, calibration: Any) -> Any:
+    """Inputs to trace with where there is no calibration data; None where there is."""
+    if calibration is not None:
+        return None
+    if source.tokenizer is not None:
+        ids = source.tokenizer("An example to trace with.")["input_ids"]
+        rows = torch.tensor([ids, ids])
+        return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    return getattr(source.model, "dummy_inputs", None)
+
+
+def _batches(source: Source, texts: Texts, tokens: int, length: int) -> list[Batch]:
+    if source.tokenizer is None:
+        raise CalibrationError(
+            "the model came without a tokenizer", fix="give --data module:function instead of text"
+        )
+    return list(
+        windows(
+            texts,
+            source.tokenizer,
+            length=length,
+            batch_size=BATCH_ROWS,
+            limit_tokens=tokens,
+            max_positions=source.max_positions,
+            vocabulary=source.vocabulary,
+        )
+    )
+
+
+def _amount(text: str | None) -> Amount | None:
+    """``"0.8"`` is a share and ``"120000000"`` a count; anything with a unit stays as it is."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,195 @@
+"""geofx inspect, export, eval and bench: what can be done with a saved result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import networkx
+import torch
+import typer
+from rich.table import Table
+
+from geofx import cli_options as options
+from geofx.batches import Batch
+from geofx.cli_console import show, show_json, working
+from geofx.errors import CalibrationError, ConfigError
+from geofx.export.onnx_runtime import OnnxRunner
+from geofx.latency import interleaved_medians
+from geofx.objective import choose_objective
+from geofx.program import Program
+from geofx.report_html import report_html
+from geofx.report_rows import in_bytes, in_loss, in_seconds
+from geofx.report_table import report_tables
+from geofx.restore import load
+from geofx.sources import Source, load_source, load_tokenizer
+from geofx.text import windows
+from geofx.trace import trace
+from geofx.verify import Fidelity, verify
+
+EVAL_TOKENS = 16384
+
+
+def inspect(
+    saved: options.Saved,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML file.")
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the graph as networkx node-link JSON.")
+    ] = None,
+    regions: Annotated[int, typer.Option(min=0, help="How many regions to list.")] = 12,
+    as_json: options.Json = False,
+) -> None:
+    """Show the report and the plan of a saved result."""
+    with working():
+        result = load(saved)
+        if html is not None:
+            html.write_text(report_html(result.report), encoding="utf-8")
+        if graph is not None:
+            nodes = networkx.node_link_data(result.program.to_networkx(), edges="edges")
+            graph.write_text(json.dumps(nodes, default=str), encoding="utf-8")
+    if as_json:
+        show_json({"report": result.report.to_json(), "plan": json.loads(result.plan.to_json())})
+    else:
+        show(*report_tables(result.report, regions))
+
+
+def export(
+    saved: options.Saved,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file, run and checked.")
+    ] = None,
+    torchscript: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write a TorchScript file.")
+    ] = None,
+    model: options.Original = None,
+    as_json: options.Json = False,
+) -> None:
+    """Export a saved result; it is published only after it ran and agreed.
+
+    TorchScript is made from the model's own class, so it needs --original where the class is not known.
+    """
+    if onnx is None and torchscript is None:
+        raise ConfigError("nothing to export to", fix="give --onnx PATH or --torchscript PATH")
+    made: dict[str, Any] = {}
+    with working():
+        result = load(saved) if model is None else load(saved, module=load_source(model).model)
+        if onnx is not None:
+            made["onnx"] = _fields(result.to_onnx(onnx))
+        if torchscript is not None:
+            made["torchscript"] = _fields(result.to_torchscript(torchscript))
+    if as_json:
+        show_json(made)
+    for kind, fields in {} if as_json else made.items():
+        show(f"{kind}: {fields['path']}, {in_bytes(fields['size_bytes'])}")
+
+
+def evaluate(
+    saved: options.Saved,
+    text: Annotated[
+        str, typer.Option(metavar="FILE", help="UTF-8 text, or 'python' for Python's own manual.")
+    ],
+    original: options.Original = None,
+    tokens: options.Tokens = EVAL_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a saved result on text, against the original if that is given."""
+    options.check_data(text, None, None)
+    with working() as progress:
+        result = load(saved)
+        source = None if original is None else load_source(original)
+        batches = _windows(saved, source, text, tokens, length)
+        reference = result.program if source is None else trace(source.model, batches[0])
+        objective = choose_objective(reference, batches[0], None)
+        fidelity = verify(reference, result.program, batches, objective, progress=progress)
+    figures = _figures(fidelity, compared=source is not None)
+    if as_json:
+        show_json(figures)
+    else:
+        show(
+            _table("measured", {name: in_loss(value) for name, value in figures.items() if value is not None})
+        )
+
+
+def bench(
+    saved: options.Saved,
+    original: options.Original = None,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Its ONNX export, to be timed too.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each; medians are shown.")] = 7,
+    as_json: options.Json = False,
+) -> None:
+    """Time a saved result, in turns with the original if that is given."""
+    if onnx is not None and not onnx.is_file():
+        raise ConfigError("no such ONNX file", where=str(onnx), fix="make it with geofx export")
+    with working() as progress:
+        result = load(saved)
+        inputs = bench_inputs(result.program, batch, length)
+        calls: dict[str, Callable[[], object]] = {}
+        if original is not None:
+            program = trace(load_source(original).model, dict(result.program.example))
+            calls["original, torch"] = lambda: program(**inputs)
+        calls["optimized, torch"] = lambda: result.program(**inputs)
+        if onnx is not None:
+            runner = OnnxRunner(onnx)
+            calls["optimized, ONNX Runtime"] = lambda: runner(inputs)
+        with torch.no_grad():
+            seconds = interleaved_medians(calls, rounds, progress)
+    if as_json:
+        show_json({"batch": batch, "length": length, "rounds": rounds, "seconds": seconds})
+    else:
+        show(_table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()}))
+
+
+def bench_inputs(program: Program, batch: int, length: int) -> dict[str, Any]:
+    """Inputs of the given size where the model takes tokens, else the traced example."""
+    ids = program.example.get("input_ids")
+    if ids is None:
+        return dict(program.example)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(int(ids.max()) + 1, (batch, length), generator=generator, dtype=ids.dtype)
+    return program.bind((), {"input_ids": rows})
+
+
+def _windows(saved: Path, source: Source | None, text: str, tokens: int, length: int) -> list[Batch]:
+    tokenizer = load_tokenizer(saved) or (source and source.tokenizer)
+    if tokenizer is None:
+        raise CalibrationError(
+            "no tokenizer was saved with the model", where=saved.name, fix="give --original MODEL"
+        )
+    texts = options.corpus(text)
+    return list(windows(texts, tokenizer, length=length, batch_size=options.BATCH_ROWS, limit_tokens=tokens))
+
+
+def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
+    """Loss and perplexity alone, or everything where there is an original."""
+    found: dict[str, float | None] = {"loss": fidelity.loss_optimized, "tokens": fidelity.tokens}
+    if fidelity.loss_optimized is not None and fidelity.kl is not None:
+        found["perplexity"] = math.exp(fidelity.loss_optimized)
+    if compared:
+        found |= {
+            key: value for key, value in dataclasses.asdict(fidelity).items() if isinstance(value, float)
+        }
+    return {key: value if value is None or math.isfinite(value) else None for key, value in found.items()}
+
+
+def _fields(report: Any) -> dict[str, Any]:
+    fields = dataclasses.asdict(report)
+    return {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+def _table(title: str, values: dict[str, str]) -> Table:
+    table = Table("", title, header_style="bold")
+    table.columns[1].justify = "right"
+    for name, value in values.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,26 @@
+"""How long calls take, measured in turns so that a busy machine is unfair to none of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from geofx.progress import Progress, log_progress
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 7, progress: Progress = log_progress
+) -> dict[str, float]:
+    """Median seconds of each call over ``rounds`` turns of one call each, after one unmeasured turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    progress("measure latency", 0, rounds)
+    for call in calls.values():
+        call()
+    for done in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        progress("measure latency", done + 1, rounds)
+    return {name: statistics.median(found) for name, found in times.items()}
