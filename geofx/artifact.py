@@ -276,11 +276,11 @@ def _read(
 ) -> bytes:
     """A plain file of at most (or exactly) ``size`` bytes, no link of either kind."""
     try:
-        descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = open(root / name, "rb", opener=_open_no_link)  # noqa: SIM115
     except OSError as error:
         raise _corrupt(f"{name} cannot be opened: {error.strerror}", name) from error
-    with os.fdopen(descriptor, "rb") as opened:
-        found = os.fstat(descriptor)
+    with file as opened:
+        found = os.fstat(opened.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             raise _corrupt(f"{name} is a link or not a plain file", name)
         if found.st_size > size or (exactly and found.st_size != size):
@@ -292,6 +292,10 @@ def _read(
             if keep:
                 kept += chunk
     return bytes(kept)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _text(content: bytes, name: str) -> str:

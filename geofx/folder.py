@@ -149,14 +149,14 @@ def _fill(staging: Path, files: Mapping[str, Content], target: Path) -> None:
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Two renames, as no folder can be renamed onto another; `_clear_leftovers` undoes a kill between them."""
+    """Two renames, as no folder is renamed onto another; `_clear_leftovers` undoes a kill between them."""
     old = _sibling(target, "old")
     if target.exists():
         target.rename(old)
     try:
         staging.rename(target)
     except BaseException:
-        if old.exists():
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     _sync(target.parent)
@@ -187,19 +187,18 @@ def _only_writer(target: Path, wait_s: float) -> Iterator[None]:
     """The kernel drops the lock of a process that died, so none is ever stale."""
     lock = FileLock(_sibling(target, "lock"), timeout=wait_s)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except Timeout as error:
-        holders = [
-            entry.name.split(".new.")[-1] for entry in target.parent.glob(_sibling(target, "new.*").name)
-        ]
-        what = f"another process is writing this folder ({', '.join(holders) or 'just started'})"
+        writers = target.parent.glob(_sibling(target, "new.*").name)
+        names = ", ".join(entry.name.split(".new.")[-1] for entry in writers) or "just started"
+        what = f"another process is writing this folder ({names})"
         raise ArtifactError(what, where=str(target), fix="wait for it to end") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()
-        lock.release()
+    with held:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
 
 
 @contextmanager
