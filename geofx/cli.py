@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from geofx import cli_options as options
 from geofx import demo as demo_run
@@ -20,6 +21,7 @@ from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
 from geofx.environment import version_of
 from geofx.errors import GeofxError, ResourceError
+from geofx.report_rows import plain
 from geofx.report_table import report_tables
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except Exception as error:
         return _other(error)
+    if code == INTERRUPTED:
+        sys.stderr.write("interrupted\n")
     return code if isinstance(code, int) else 0
 
 
@@ -114,7 +118,7 @@ def doctor(as_json: options.Json = False) -> None:
         return
     table = Table("", "found", "to do", header_style="bold")
     for check in checks:
-        table.add_row(check.name, check.found, check.fix)
+        table.add_row(*(Text(plain(part)) for part in (check.name, check.found, check.fix)))
     show(table)
 
 

@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from geofx.errors import GeofxError
 from geofx.report_rows import plain
@@ -124,10 +125,13 @@ def _stdout_on_stderr() -> Iterator[None]:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print results on stdout."""
+    """Print results on stdout; text as it is, lines not wrapped."""
     console = Console(highlight=False)
     for part in parts:
-        console.print(part)
+        if isinstance(part, str):
+            console.print(Text(_lines(part)), soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def show_json(value: Any) -> None:

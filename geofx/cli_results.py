@@ -23,7 +23,7 @@ from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
 from geofx.program import Program
 from geofx.report_html import report_html
-from geofx.report_rows import in_bytes, in_loss, in_seconds
+from geofx.report_rows import Format, in_bytes, in_loss, in_percent, in_seconds
 from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
@@ -112,9 +112,10 @@ def evaluate(
     if as_json:
         show_json(figures)
     else:
-        show(
-            _table("measured", {name: in_loss(value) for name, value in figures.items() if value is not None})
-        )
+        forms: dict[str, Format] = {"tokens": "{:.0f}".format, "perplexity": "{:.2f}".format}
+        forms |= {"top1_agreement": in_percent, "sqnr_db": "{:.1f}".format}
+        rows = {key: forms.get(key, in_loss)(value) for key, value in figures.items() if value is not None}
+        show(_table("measured", rows))
 
 
 def bench(

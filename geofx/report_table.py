@@ -31,7 +31,7 @@ def comparison_table(report: Report) -> Table:
     """Original against optimized."""
     table = _table("", "original", "optimized", "change")
     for row in comparison(report):
-        table.add_row(row.label, row.original, row.optimized, row.change)
+        table.add_row(Text(plain(row.label)), row.original, row.optimized, row.change)
     return table
 
 
