@@ -39,6 +39,7 @@ clean:
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
+	@echo "installing geofx and what it needs"
 	$(PIP) install -e ".[hf,onnx,test]"
 	touch $@
 
