@@ -47,12 +47,14 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     check_target(folder / MODEL, overwrite=True)
     stages = Stages()
+    progress("load", 0, 1)
     with stages("load"):
         source = load()
         calibration, heldout = (
             _batches(source, text, tokens)
             for text, tokens in zip(python_text(), (CALIBRATION_TOKENS, HELDOUT_TOKENS), strict=True)
         )
+    progress("load", 1, 1)
     analysis = analyze(
         source.model, calibration, holdout=heldout, progress=progress, files=tokenizer_files(source.tokenizer)
     )
