@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 def _read_factorization(data: Any) -> Factorization:
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
         raise ValueError("a factorization is an object with a name")
     try:
         return from_json(data)

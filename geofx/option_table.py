@@ -130,20 +130,16 @@ class OptionTable:
 
     def problem(self, goal: Resource, caps: Caps) -> tuple[Problem, Indices]:
         """The partition problem over the options that no other option of their region dominates."""
-        names = (goal, *sorted(set(caps) - {goal}))
-        kept = self._undominated(np.array([self.use[name] for name in names]).T)
+        kept = self._undominated(np.array([self.use[name] for name in sorted({goal, *caps})]).T)
         column = {name: row for row, name in enumerate(sorted(self.sites))}
         pairs = [(column[w], j) for j, k in enumerate(kept) for w in self.options[k].region.weights]
-        rows, columns = (np.array(side, dtype=np.intp) for side in zip(*pairs, strict=True))
+        rows, columns = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
         cover = csr_array((np.ones(len(pairs)), (rows, columns)), shape=(len(column), len(kept)))
-        start = [j for j, k in enumerate(kept) if self.group[k] in set(self.group[self.dense].tolist())]
-        first = np.unique(self.group[kept][start], return_index=True)[1]
         limited = sorted(caps)
         uses = np.array([self.use[name][kept] for name in limited]).reshape(len(limited), len(kept))
         limits = np.array([caps[name] for name in limited])
-        return Problem(
-            self.use[goal][kept], cover, self.group[kept], uses, limits, np.array(start, dtype=np.intp)[first]
-        ), kept
+        base = np.unique(self.group[self.dense])
+        return Problem(self.use[goal][kept], cover, self.group[kept], uses, limits, base), kept
 
     @cached_property
     def group(self) -> Indices:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ Indices = NDArray[np.intp]
 GAP_PER_COLUMN = 1e-9
 """Share of the bound, times the columns searched, within which a partition counts as optimal."""
 CUT_ROUNDS = 50
-_ROW_SCALE, _OBJECTIVE_SCALE = 1e4, 1e3
+_ROW_SCALE, _OBJECTIVE_SCALE = 1e2, 1e3
+_WIDENED, _ROUNDING = 1e-8, 1e-14
 _stdout_lock = threading.Lock()
 
 
@@ -41,7 +42,7 @@ class Problem:
         group: (n,), equal for columns that cover the same elements.
         rows: (k, n), >= 0, what each column uses of each limited resource.
         limits: (k,).
-        start: indices of some partition, within the limits or not.
+        base: groups that together cover every element once.
     """
 
     objective: Floats
@@ -49,11 +50,16 @@ class Problem:
     group: Indices
     rows: Floats
     limits: Floats
-    start: Indices
+    base: Indices
 
     def value(self, chosen: Indices) -> float:
         """Σ c_j over ``chosen``, rounded once."""
         return math.fsum(self.objective[chosen])
+
+    def among(self, columns: Indices) -> Problem:
+        """The same problem with only these columns."""
+        cover, rows = csr_array(self.cover[:, columns]), self.rows[:, columns]
+        return Problem(self.objective[columns], cover, self.group[columns], rows, self.limits, self.base)
 
     def exceeded(self, chosen: Indices) -> list[int]:
         """The rows whose sum, rounded once and so exact for integers, is above the limit."""
@@ -80,8 +86,16 @@ def solve(problem: Problem, time_limit_s: float = 20.0) -> Solution | None:
         TimeoutError: the time ran out before any partition within the limits was found.
     """
     deadline = time.monotonic() + time_limit_s
-    if (problem.limits < 0).any():
+    fitting = np.flatnonzero((problem.rows <= problem.limits[:, None]).all(axis=0))
+    found = _solve_fitting(problem.among(fitting), deadline)
+    return found and replace(found, chosen=fitting[found.chosen])
+
+
+def _solve_fitting(problem: Problem, deadline: float) -> Solution | None:
+    if (problem.limits < 0).any() or (problem.cover.sum(axis=1) == 0).any():
         return None
+    if not len(problem.group):
+        return Solution(np.zeros(0, dtype=np.intp), 0.0, 0.0, True)
     first = _first_partition(problem)
     relaxed = _relax(problem, first, deadline)
     if relaxed is None:
@@ -114,13 +128,11 @@ def _relax(
         return None
     if result.status != 0:
         return 0.0, np.zeros_like(problem.objective), None
-    shares, prices = result.eqlin.marginals, np.zeros(0)
-    reduced = cost - problem.cover.T @ shares
-    bound = float(shares.sum())
-    if len(rows):
-        prices = np.minimum(result.ineqlin.marginals, 0.0)
-        reduced, bound = reduced - rows.T @ prices, bound + float(limits @ prices)
-    bound += float(np.minimum(reduced, 0.0).sum())  # holds for any prices, also for rounded ones
+    shares = result.eqlin.marginals
+    prices = np.minimum(result.ineqlin.marginals, 0.0) if len(rows) else np.zeros(0)
+    reduced = cost - problem.cover.T @ shares - rows.T @ prices
+    terms = np.concatenate([shares, limits * prices, np.minimum(reduced, 0.0)])
+    bound = math.fsum(terms) - _ROUNDING * float(np.abs(terms).sum())  # holds for any prices
     return max(bound / scale, 0.0), reduced / scale, _rounded(problem, result.x)
 
 
@@ -150,6 +162,8 @@ def _branch(
     if best is None:
         raise TimeoutError
     value = problem.value(best)
+    if proved and value < known / 2:  # at this scale HiGHS could not tell small values apart
+        return _branch(problem, best, bound, reduced, deadline)
     bound = max(bound, min(proved_bound, known))
     return Solution(best, value, min(bound, value), proved)
 
@@ -201,9 +215,10 @@ def _cover_cut(problem: Problem, columns: Indices, chosen: Indices, row: int) ->
 
 
 def _first_partition(problem: Problem) -> Indices | None:
-    """argmin c + λ Σ_k r_k / b_k in each group of ``start``, λ the least found that fits, then swaps."""
-    groups = np.unique(problem.group[problem.start])
-    columns = np.flatnonzero(np.isin(problem.group, groups))
+    """argmin c + λ Σ_k r_k / b_k in each group of ``base``, λ the least found that fits, then swaps."""
+    columns = np.flatnonzero(np.isin(problem.group, problem.base))
+    if len(np.unique(problem.group[columns])) < len(problem.base):
+        return None
     weight = (problem.rows[:, columns] / np.where(problem.limits > 0, problem.limits, 1.0)[:, None]).sum(
         axis=0
     )
@@ -271,10 +286,13 @@ def _scaled_objective(problem: Problem, first: Indices | None) -> tuple[Floats, 
 
 
 def _scaled_rows(problem: Problem) -> tuple[Floats, Floats]:
-    """Rows whose limits are all equal, so that one absolute tolerance fits bytes and nats."""
+    """Rows whose limits are all equal, so that one absolute tolerance fits bytes and nats.
+
+    The limits are a hair wider, lest rounding exclude a partition that just meets them; see `_cover_cut`.
+    """
     size = np.where(problem.limits > 0, problem.limits, problem.rows.max(axis=1, initial=0.0))
     scale = _ROW_SCALE / np.where(size > 0, size, 1.0)
-    return problem.rows * scale[:, None], problem.limits * scale
+    return problem.rows * scale[:, None], problem.limits * scale * (1.0 + _WIDENED)
 
 
 @contextlib.contextmanager

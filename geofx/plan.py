@@ -57,7 +57,7 @@ class Plan:
     unit: str
     solver: SolverReport
     model_hash: str
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1]
 
     __pydantic_config__ = STRICT
 
@@ -77,8 +77,19 @@ class Plan:
         predicted = sum((choice.price - choice.dense for choice in choices), dense)
         losses = [choice.loss for choice in choices if choice.loss is not None]
         loss = math.fsum(losses) if len(losses) == len(choices) else None
-        taken, refused = tuple(choices), tuple(rejections)
-        return cls(taken, refused, budget, dense, predicted, factorizable, loss, unit, solver, model_hash)
+        return cls(
+            choices=tuple(choices),
+            rejections=tuple(rejections),
+            budget=budget,
+            dense=dense,
+            predicted=predicted,
+            factorizable=factorizable,
+            loss=loss,
+            unit=unit,
+            solver=solver,
+            model_hash=model_hash,
+            schema_version=SCHEMA,
+        )
 
     @property
     def rewritten(self) -> tuple[Choice, ...]:
@@ -225,17 +236,18 @@ def _lines(plan: Plan) -> Iterator[str]:
         over = "" if value is None or value <= limit else "  OVER BUDGET"
         asked = describe(resource, limit, plan.unit)
         yield f"  asked {resource} of the {plan.budget.scope} <= {asked}: {found}{over}"
-    for resource, before, after in (
+    totals: tuple[tuple[Resource, float, float], ...] = (
         ("size", plan.dense.bytes, plan.predicted.bytes),
         ("parameters", plan.dense.parameters, plan.predicted.parameters),
         ("flops", plan.dense.flops, plan.predicted.flops),
-    ):
+    )
+    for resource, before, after in totals:
         share = after / before if before else 1.0
-        yield f"  {resource:<10} {describe(resource, before)} -> {describe(resource, after)} ({share:.1%})"
-    yield f"  predicted  {'loss unknown' if plan.loss is None else describe('loss', plan.loss, plan.unit)}"
+        yield f"  {describe(resource, before)} -> {describe(resource, after)} ({share:.1%})"
+    yield f"  predicted {'loss unknown' if plan.loss is None else describe('loss', plan.loss, plan.unit)}"
     solver = plan.solver
     if solver.gap is not None:
-        yield f"  solver     objective {solver.objective:.6g}, bound {solver.bound:.6g}, gap {solver.gap:.2g}"
+        yield f"  solver objective {solver.objective:.6g}, bound {solver.bound:.6g}, gap {solver.gap:.2g}"
     yield from _group_lines(plan.choices)
     reasons = Counter(plain(rejection.reason) for rejection in plan.rejections)
     yield from (f"  {count} x {reason}" for reason, count in sorted(reasons.items()))
@@ -247,7 +259,7 @@ def _group_lines(choices: Iterable[Choice]) -> Iterator[str]:
     for choice in choices:
         groups[re.sub(r"\d+", "*", plain(choice.region)), choice.factorization.name].append(choice)
     width = max((len(role) for role, _ in groups), default=0)
-    for (role, name), members in groups.items():
+    for (role, name), members in sorted(groups.items()):
         before, after = sum(member.dense_bytes for member in members), sum(member.bytes for member in members)
         losses = [member.loss for member in members if member.loss is not None]
         loss = f"{math.fsum(losses):.4g}" if len(losses) == len(members) else "unknown"
@@ -257,4 +269,7 @@ def _group_lines(choices: Iterable[Choice]) -> Iterator[str]:
 
 def _settings(members: Sequence[Choice]) -> str:
     ranks = [member.factorization.rank for member in members if hasattr(member.factorization, "rank")]
-    return f" rank {min(ranks)}..{max(ranks)}" if ranks else ""
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return f" rank {low}" if low == high else f" rank {low}..{high}"

@@ -126,7 +126,7 @@ class _Request:
             f"the smallest plan{together} needs {needed}",
             where=f"limit: {self._obstacle(resource, best)}",
             fix=f"raise {' or '.join((resource, *others))}, or let more weights be rewritten",
-            smallest=dict(smallest),
+            smallest={str(name): value for name, value in smallest.items()},
             best=best,
         )
 
