@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -163,7 +164,14 @@ def set_up_streams(verbose: bool, stream: IO[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        _silence_bars()
+
+
+def _silence_bars() -> None:
+    """Bars of libraries would run through ours; tqdm has read its environment before this runs."""
+    tqdm: Any = sys.modules.get("tqdm")
+    if tqdm is not None:
+        tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
 
 
 def _lines(text: str) -> str:
