@@ -206,7 +206,10 @@ def _finish(
 
 
 def _collect_attributes(lifted: fx.GraphModule, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Attributes by the model's own names, one per storage; get_attr nodes are retargeted."""
+    """Attributes by the model's own names, one per storage; get_attr nodes are retargeted.
+
+    Parameters are shared with the model; buffers, which a graph may write to, are copied.
+    """
     first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     attributes: dict[str, Any] = {}
     aliases: dict[str, str] = {}
@@ -220,7 +223,8 @@ def _collect_attributes(lifted: fx.GraphModule, model: nn.Module | None) -> tupl
             if canonical != name:
                 aliases[name] = canonical
             name = canonical
-        attributes[name] = value
+            value = value if isinstance(value, nn.Parameter) else value.clone()
+        attributes.setdefault(name, value)
         node.target = name
     for name, value in model.named_parameters(remove_duplicate=False) if model is not None else ():
         found = first.get(_identity(value))

@@ -87,8 +87,8 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
     for one, other in zip(first, second, strict=True):
         if torch.isfinite(one).all() and not torch.isfinite(other).all():
             raise NumericsError("the optimized model gives values that are not finite", fix="raise the budget")
-        sums.error += float((one.double() - other.double()).square().sum())
-        sums.power += float(one.double().square().sum())
+        sums.error += float((one - other).square().sum(dtype=torch.float64))
+        sums.power += float(one.square().sum(dtype=torch.float64))
     original, optimized, terms = objective.compare(before, after, batch)
     sums.original, sums.optimized, sums.terms = sums.original + original, sums.optimized + optimized, sums.terms + terms
     if isinstance(objective, NextToken):

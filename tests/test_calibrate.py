@@ -1,0 +1,260 @@
+"""Moments against gradients taken by hand, and the calibration rows of the fault table."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import geofx
+from geofx.batches import collect, split
+from geofx.errors import CalibrationError, ConfigError
+from geofx.moments import Moments
+from geofx.objective import Custom, NextToken, SquaredError, choose_objective
+from geofx.passes.calibrate import calibrate
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_sites import FindSites
+from geofx.program import Program
+from geofx.trace import trace
+
+
+def program_of(name: str) -> tuple[nn.Module, Program]:
+    model = tiny_models.build(name)
+    program = trace(model, tiny_models.example(name))
+    run_passes(program, [Canonicalize(), FindSites()])
+    return model, program
+
+
+def unpadded(name: str, batch: int, length: int, seed: int = 0) -> dict[str, Any]:
+    inputs = tiny_models.example(name, batch, length, seed)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    return inputs
+
+
+def moments_by_hand(model: nn.Module, layer: nn.Linear, batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """A and G of one layer of a causal language model, by module hooks and plain autograd."""
+    inputs, gradients, terms, tokens = [], [], 0, 0
+    keep = layer.register_forward_hook(lambda m, args, out: inputs.append(args[0].detach().double().flatten(0, -2)))
+    hook = layer.register_full_backward_hook(lambda m, i, o: gradients.append(o[0].double().flatten(0, -2)))
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        logits = model(**batch, use_cache=False).logits
+        both = (mask[:, 1:] & mask[:, :-1]).flatten()
+        losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses[both].sum().backward()
+        terms, tokens = terms + int(both.sum()), tokens + int(mask.sum())
+        inputs[-1] = inputs[-1][mask.flatten()]
+    keep.remove()
+    hook.remove()
+    x, g = torch.cat(inputs), torch.cat(gradients)
+    return x.T @ x / tokens, g.T @ g / terms
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_moments_are_those_of_the_eager_model(padded: bool) -> None:
+    model, program = program_of("llama")
+    make = tiny_models.example if padded else unpadded
+    batches = [make("llama", 3, 12, seed) for seed in range(3)]
+    moments = calibrate(program, batches, NextToken())
+    assert not any(parameter.grad is not None for parameter in program.graph_module.parameters())
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"):
+        a, g = moments_by_hand(model, model.get_submodule(path), batches)
+        torch.testing.assert_close(moments.input_moment(f"{path}.weight").double(), a, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moments.output_moment(f"{path}.weight").double(), g, rtol=1e-4, atol=1e-9)
+
+
+def same(first: Moments, second: Moments, tolerance: float = 1e-5) -> None:
+    for one, other in ((first.inputs, second.inputs), (first.outputs, second.outputs)):
+        assert one.keys() == other.keys()
+        for key in one:
+            scale = float(one[key].abs().max())
+            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_row_50_padding_does_not_change_the_statistics(side: str) -> None:
+    """One row of 8 tokens, alone and padded to 14 beside a row that is padding all over."""
+    _, program = program_of("llama")
+    plain = unpadded("llama", 1, 8)
+    ids, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long)
+    place = slice(0, 8) if side == "right" else slice(6, 14)
+    ids[0, place], mask[0, place] = plain["input_ids"][0], 1
+    alone = calibrate(program, [plain], NextToken())
+    padded = calibrate(program, [{"input_ids": ids, "attention_mask": mask}], NextToken())
+    assert padded.loss_terms == alone.loss_terms == 7
+    assert padded.tokens == alone.tokens
+    same(alone, padded)
+
+
+def test_objectives_are_chosen_by_what_the_model_computes() -> None:
+    kinds = {name: type(choose_objective(program_of(name)[1], tiny_models.example(name), None)) for name in tiny_models.MODELS}
+    decoders = {"llama", "gpt2", "qwen3", "gemma3", "mixtral"}
+    assert {name for name, kind in kinds.items() if kind is NextToken} == decoders
+    assert {name for name, kind in kinds.items() if kind is SquaredError} == kinds.keys() - decoders
+
+
+def test_squared_error_moments_are_gauss_newton() -> None:
+    """For y = W2 W1 x the G of layer 1 is W2ᵀ W2 / E‖y‖², up to sampling noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)).eval()
+    x = torch.randn(20000, 6)
+    program = trace(model, x[:4])
+    run_passes(program, [Canonicalize(), FindSites()])
+    moments = calibrate(program, [{"input": x}], SquaredError(seed=1))
+    with torch.no_grad():
+        expected = model[1].weight.T @ model[1].weight / model(x).square().sum(1).mean()
+    error = (moments.outputs["0.weight"] - expected).norm() / expected.norm()
+    assert error < 0.05
+
+
+def test_a_loss_of_the_users_own() -> None:
+    model, program = program_of("llama")
+    batches = [unpadded("llama", 3, 12, seed) for seed in range(2)]
+
+    def loss(output: Any, batch: Any) -> Tensor:
+        logits, ids = output.logits[:, :-1], batch["input_ids"][:, 1:]
+        return functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+
+    same(calibrate(program, batches, NextToken()), calibrate(program, batches, Custom(loss)))
+    with pytest.raises(ConfigError, match="must return a tensor"):
+        calibrate(program, batches, Custom(lambda output, batch: 1.0))  # type: ignore[arg-type, return-value]
+
+
+def test_modes_say_what_they_lose() -> None:
+    model = tiny_models.build("llama")
+    batches = [tiny_models.example("llama", 3, 12, seed) for seed in range(3)]
+    units = {}
+    for mode in ("two_sided", "forward", "data_free"):
+        analysis = geofx.analyze(model, batches, mode=mode)
+        units[mode] = analysis.moments.unit
+        assert bool(analysis.moments.outputs) == (mode == "two_sided")
+        assert bool(analysis.moments.inputs) == (mode != "data_free")
+        result = analysis.apply(analysis.plan(geofx.Budget(size=0.8, scope="factorizable")))
+        assert result.plan.unit == units[mode]
+    assert len(set(units.values())) == 3
+
+
+@pytest.mark.parametrize("data", [[], iter(()), (batch for batch in ()), torch.zeros(0, 4, dtype=torch.long)])
+def test_row_47_no_data_is_an_error(data: Any) -> None:
+    with pytest.raises(CalibrationError, match="empty"):
+        geofx.analyze(tiny_models.build("llama"), data)
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        geofx.analyze(tiny_models.build("llama"))
+
+
+def test_row_48_a_generator_is_read_once() -> None:
+    generator = (tiny_models.example("llama", 2, 8, seed) for seed in range(4))
+    analysis = geofx.analyze(tiny_models.build("llama"), generator)
+    assert analysis.holdout
+    assert analysis.moments.loss_terms == 3 * (7 + 5)
+
+
+def test_all_forms_of_data_give_the_same_batches() -> None:
+    ids = torch.randint(0, 128, (4, 8), generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=2)
+    names = ("input_ids", "attention_mask")
+    for data in (loader, list(ids.split(2)), [{"input_ids": part} for part in ids.split(2)], [(p,) for p in ids.split(2)]):
+        batches = collect(data, names)
+        assert [batch["input_ids"].tolist() for batch in batches] == [part.tolist() for part in ids.split(2)]
+    assert len(collect(ids, names)) == 1
+    assert [len(part) for part in split([{}] * 16)] == [14, 2]
+
+
+def test_row_51_ids_outside_the_vocabulary_are_named() -> None:
+    batch = unpadded("llama", 2, 8)
+    batch["input_ids"][1, 3] = 128
+    with pytest.raises(CalibrationError, match=r"id 128 is outside the vocabulary of 128.*input_ids"):
+        geofx.analyze(tiny_models.build("llama"), [unpadded("llama", 2, 8), batch, batch])
+
+
+def test_row_64_an_error_in_the_source_names_the_batch() -> None:
+    def source() -> Any:
+        yield unpadded("llama", 2, 8)
+        raise OSError("disk on fire")
+
+    with pytest.raises(CalibrationError, match=r"disk on fire.*batch 1"):
+        geofx.analyze(tiny_models.build("llama"), source())
+
+
+def test_row_55_a_bad_row_is_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    _, program = program_of("mlp")
+    good = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    bad = torch.cat([good[:20], torch.full((1, 32), float("nan")), good[20:]])
+    objective = Custom(lambda output, batch: output.square().sum(-1))
+    with caplog.at_level(logging.WARNING):
+        dropped = calibrate(program, [{"input": bad}], objective)
+    same(calibrate(program, [{"input": good}], objective), dropped)
+    assert dropped.dropped == {"not finite": 1}
+    assert "linear" in caplog.text
+    with pytest.raises(CalibrationError, match="of 40 rows"):
+        calibrate(program, [{"input": torch.where(good > 1.5, torch.nan, good)}], objective)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_row_59_grams_neither_overflow_nor_vanish(scale: float) -> None:
+    _, program = program_of("mlp")
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    moments = calibrate(program, [{"input": x * scale}], Custom(lambda o, b: o.mean(-1)), mode="forward")
+    first = moments.inputs[moments.input_of["0.weight"]]
+    expected = (x * scale).double().T @ (x * scale).double() / 64
+    if scale > 1:
+        torch.testing.assert_close(first.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    else:
+        assert torch.isfinite(first).all()
+
+
+def test_row_58_outlier_channels_keep_the_small_ones_exact() -> None:
+    _, program = program_of("mlp")
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 1e5
+    moments = calibrate(program, [{"input": part} for part in x.split(16)], SquaredError(), mode="forward")
+    first = moments.inputs[moments.input_of["0.weight"]].double()
+    expected = x.double().T @ x.double() / 256
+    torch.testing.assert_close(first[6:, 6:], expected[6:, 6:], rtol=1e-4, atol=1e-5)
+
+
+def test_row_57_a_site_that_no_token_reaches_is_factorized_without_data() -> None:
+    weight = torch.randn(8, 6)
+    empty = Moments(inputs={"x": torch.zeros(6, 6)}, tokens={"x": 0}, input_of={"w": "x"}, mode="forward")
+    assert empty.input_moment("w") is None
+    assert empty.output_moment("w") is None
+    assert weight is not None
+
+
+def test_row_46_buffers_are_restored_bit_for_bit() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1)
+            return self.layer(x)
+
+    model = Counter().eval()
+    x = torch.randn(8, 4)
+    analysis = geofx.analyze(model, [x, x, x])
+    assert analysis.moments.loss_terms > 0
+    assert model.seen.item() == 0.0
+
+
+def test_row_65_the_same_seed_gives_the_same_plan() -> None:
+    model = tiny_models.build("bert")
+    batches = [tiny_models.example("bert", 3, 12, seed) for seed in range(4)]
+    plans = [geofx.analyze(model, batches, seed=3).plan(geofx.Budget(size=0.9)).to_json() for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+def test_row_22_batches_of_other_lengths_are_taken() -> None:
+    batches = [unpadded("gpt2", size, length) for size, length in itertools.product((1, 4), (2, 31))]
+    analysis = geofx.analyze(tiny_models.build("gpt2"), batches, holdout=batches[:1])
+    assert analysis.moments.loss_terms == sum(b["input_ids"].shape[0] * (b["input_ids"].shape[1] - 1) for b in batches)
