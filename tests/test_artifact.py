@@ -211,6 +211,7 @@ def test_rows_97_98_at_every_operation_the_folder_is_the_old_one_or_the_new(
         save_to(path, overwrite=True)
         assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
         save_with_fault(path, at, error)
+        assert path.is_dir() or isinstance(error, Killed)
         plan = artifact.load(path).plan_json
         assert_is(path, NEW if plan == '"new"' else OLD, plan)
         seen.add(plan)
