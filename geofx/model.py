@@ -95,7 +95,8 @@ class OptimizedModel:
 
     def to_torchscript(self, path: str | Path) -> TorchScriptReport:
         """Trace `to_module` to TorchScript (legacy), checked in a process without geofx."""
-        return to_torchscript(self.to_module(), self.program.example, Path(path))
+        module, program = self.to_module(), self.program
+        return to_torchscript(module, program.example, Path(path), dynamic_shapes=program.dynamic_shapes)
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError("geofx never pickles", fix="use save() and geofx.load()")

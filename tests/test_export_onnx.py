@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from geofx.errors import ConfigError, ExportError, MissingDependencyError, ResourceError, VerificationError
-from geofx.export import cases as cases_module
 from geofx.export import onnx as onnx_export
 from geofx.export.cases import Case, make_cases, require_equal
 from geofx.export.onnx import OnnxReport, to_onnx
@@ -368,4 +367,3 @@ def test_program_is_left_alone(tmp_path: Path, mlp: Program) -> None:
     to_onnx(mlp, tmp_path / "model.onnx")
     assert (str(mlp.graph), mlp.graph_module.code) == before[:2]
     assert all(torch.equal(value, before[2][name]) for name, value in mlp.tensors())
-    assert cases_module.RELATIVE[torch.float32] == 1e-4
