@@ -9,7 +9,7 @@ if (_ROOT / "pyproject.toml").is_file():  # run from a checkout: passes/ and cos
     __path__.append(str(_ROOT))
 
 from geofx.analysis import Analysis  # noqa: E402
-from geofx.api import analyze, optimize  # noqa: E402
+from geofx.api import analyze, load_analysis, optimize  # noqa: E402
 from geofx.budget import Budget  # noqa: E402
 from geofx.errors import GeofxError  # noqa: E402
 from geofx.model import OptimizedModel  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "Program",
     "analyze",
     "load",
+    "load_analysis",
     "optimize",
     "trace",
 ]

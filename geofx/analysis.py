@@ -7,11 +7,13 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from geofx.analysis_store import save_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
@@ -124,6 +126,10 @@ class Analysis:
             name, why = next(iter(failures.items()))
             raise NumericsError(f"{len(failures)} regions cannot be fitted: {why}", where=name, fix="edit the plan")
         return self.finish(plan, rewrites, holdout)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write moments, spectra and held-out batches for `geofx.load_analysis`; no weights, no code."""
+        return save_analysis(self, path, overwrite=overwrite)
 
     def fit(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
         """Factors of every rewritten region, and the errors of those that have none."""

@@ -9,22 +9,24 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from geofx import artifact
-from geofx.analysis import Analysis
+from geofx.analysis import Analysis, hash_tensors
+from geofx.analysis_store import read_analysis
+from geofx.annotations import SITE
 from geofx.batches import Batch, collect, split
 from geofx.budget import Budget
-from geofx.errors import CalibrationError, ConfigError, NumericsError
+from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments
-from geofx.objective import SquaredError, UserLoss, choose_objective
+from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
 from geofx.passes.analyse import Annotate, analyse
-from geofx.annotations import SITE
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
 from geofx.passes.find_regions import find_regions
 from geofx.passes.find_sites import FindSites, find_sites
+from geofx.program import Program
 from geofx.progress import Progress, log_progress
+from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import windows
 from geofx.trace import forward_names, trace
@@ -78,21 +80,61 @@ def analyze(
         raise ConfigError("data-free analysis needs inputs to trace with", fix="pass example=")
     with stages("trace"):
         original = trace(model, batches[0] if example is None else example)
-    program = original.clone()
-    run_passes(program, [Canonicalize(), FindSites()])
-    sites, skips = find_sites(program)
+        program = original.clone()
+        run_passes(program, [Canonicalize(), FindSites()])
     objective = choose_objective(original, batches[0], loss, seed) if batches else SquaredError(seed)
-    with stages("calibrate"):
-        moments = Moments(mode="data_free", unit=UNITS["data_free"])
-        if mode != "data_free":
+    moments = Moments(mode="data_free", unit=UNITS["data_free"])
+    if mode != "data_free":
+        with stages("calibrate"):
             moments = calibrate(program, batches, objective, mode, progress)
-    with stages("analyse"):
-        regions, failed = analyse(program, find_regions(sites), moments, None, progress)
-    spectra = {name: region.spectrum for name, region in regions.items()}
-    run_passes(program, [Annotate(spectra)], written=[SITE])
     module = model if isinstance(model, nn.Module) else None
+    return _assemble(original, program, moments, objective, held, module, stages, progress, files or {})
+
+
+def load_analysis(
+    path: str | Path, model: nn.Module, *, loss: UserLoss | None = None, progress: Progress = log_progress
+) -> Analysis:
+    """The analysis that `Analysis.save` wrote, for the same ``model``, which is traced again.
+
+    Raises:
+        ArtifactCorruptError: the folder is damaged.
+        ArtifactMismatchError: it belongs to a model with other weights.
+        ConfigError: it was made with a loss of the user's own, and ``loss`` is missing.
+    """
+    stored = read_analysis(path)
+    objective = stored.objective if loss is None else Custom(loss)
+    if objective is None:
+        raise ConfigError("the analysis was made with a loss of its own", where=str(path), fix="pass loss=")
+    stages = Stages()
+    with stages("trace"):
+        original = trace(model, stored.example)
+        program = original.clone()
+        run_passes(program, [Canonicalize(), FindSites()])
+    if hash_tensors(original.tensors()) != stored.model_hash:
+        raise ArtifactMismatchError("the analysis belongs to other weights", where=str(path), fix="analyze this model")
+    return _assemble(
+        original, program, stored.moments, objective, stored.holdout, model, stages, progress, {}, stored.spectra
+    )
+
+
+def _assemble(
+    original: Program,
+    program: Program,
+    moments: Moments,
+    objective: Objective,
+    holdout: list[Batch],
+    module: nn.Module | None,
+    stages: Stages,
+    progress: Progress,
+    files: Mapping[str, bytes],
+    known: Mapping[str, Spectrum] | None = None,
+) -> Analysis:
+    sites, skips = find_sites(program)
+    with stages("analyse"):
+        regions, failed = analyse(program, find_regions(sites), moments, known, progress)
+        run_passes(program, [Annotate({name: region.spectrum for name, region in regions.items()})], written=[SITE])
     return Analysis(
-        original, program, regions, [*skips, *failed], moments, objective, held, module, stages, progress, files or {}
+        original, program, regions, [*skips, *failed], moments, objective, holdout, module, stages, progress, files
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -147,15 +148,16 @@ def reprice(choice: Choice, factorization: Factorization, where: str) -> Choice:
         work, dense = measure(factorization, region), measure(Dense(), region)
     except (PlanError, ValueError, RuntimeError) as error:
         raise PlanError(f"{choice.region}: {error}", where=where, fix="mend this entry") from error
+    rows = choice.dense_flops / dense.flops if dense.flops else 1.0
+    flops = work.flops * rows
     repriced = replace(
         choice,
         factorization=factorization,
         parameters=work.parameters,
         bytes=work.weight_bytes,
-        flops=work.flops,
+        flops=choice.flops if math.isclose(choice.flops, flops, rel_tol=1e-9) else flops,
         dense_parameters=dense.parameters,
         dense_bytes=dense.weight_bytes,
-        dense_flops=dense.flops,
     )
     if repriced.is_dense:
         return replace(repriced, loss=0.0)

@@ -32,7 +32,7 @@ def from_json(data: dict[str, Any], where: str = "") -> Factorization:
     """
     known = {member.name: member for member in FACTORIZATIONS}
     name = data.get("name")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise PlanError(f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}")
     settings = {key: value for key, value in data.items() if key != "name"}
     unknown = sorted(settings.keys() - {field.name for field in fields(known[name])})  # type: ignore[arg-type]
