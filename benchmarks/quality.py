@@ -47,7 +47,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.6])
@@ -64,7 +66,9 @@ def batches(source, text: str, arguments: argparse.Namespace) -> tuple[list, lis
     calibration = windows(
         first, source.tokenizer, length=512, batch_size=2, limit_tokens=arguments.calibration_tokens
     )
-    holdout = windows(last, source.tokenizer, length=1024, batch_size=1, limit_tokens=arguments.holdout_tokens)
+    holdout = windows(
+        last, source.tokenizer, length=1024, batch_size=1, limit_tokens=arguments.holdout_tokens
+    )
     return list(calibration), list(holdout)
 
 

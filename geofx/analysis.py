@@ -94,13 +94,20 @@ class Analysis:
         """
         options, skips = self._priced(tuple(formats))
         allowed = set(matching(tuple(self.regions), include or (), ignore))
-        ignored = [Skip(name, "IGNORED", "left out by include / ignore") for name in self.regions if name not in allowed]
+        ignored = [
+            Skip(name, "IGNORED", "left out by include / ignore")
+            for name in self.regions
+            if name not in allowed
+        ]
         failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in self.refused.items()]
         kept = [
             option
             for option in options
             if option.is_dense
-            or (option.region.name in allowed and (option.region.name, option.factorization.name) not in self.refused)
+            or (
+                option.region.name in allowed
+                and (option.region.name, option.factorization.name) not in self.refused
+            )
         ]
         with self.stages("plan"):
             return choose(
@@ -124,7 +131,9 @@ class Analysis:
         rewrites, failures = self.fit(plan)
         if failures:
             name, why = next(iter(failures.items()))
-            raise NumericsError(f"{len(failures)} regions cannot be fitted: {why}", where=name, fix="edit the plan")
+            raise NumericsError(
+                f"{len(failures)} regions cannot be fitted: {why}", where=name, fix="edit the plan"
+            )
         return self.finish(plan, rewrites, holdout)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -242,5 +251,6 @@ def _require_planned_size(program: Program, plan: Plan) -> None:
     stored = program.size_bytes()
     if stored > plan.predicted.bytes:
         raise VerificationError(
-            f"the result holds {stored} bytes, the plan said {plan.predicted.bytes}", fix="report this as a bug"
+            f"the result holds {stored} bytes, the plan said {plan.predicted.bytes}",
+            fix="report this as a bug",
         )

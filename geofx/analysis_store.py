@@ -55,7 +55,9 @@ def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = Fal
         file.write_text(strict_json.dumps({**meta, "files": {TENSORS: {"sha256": digest}}}), encoding="utf-8")
 
     files = {TENSORS: lambda file: write_tensors(file, tensors), MANIFEST: manifest}
-    return write_folder(path, files, overwrite=overwrite, needed_bytes=sum(part.nbytes for part in tensors.values()))
+    return write_folder(
+        path, files, overwrite=overwrite, needed_bytes=sum(part.nbytes for part in tensors.values())
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +96,14 @@ def _tensors_of(analysis: Analysis) -> dict[str, Tensor]:
     found |= {f"mean/{key}": value for key, value in moments.means.items()}
     found |= {f"output/{key}": pack_symmetric(value) for key, value in moments.outputs.items()}
     found |= {
-        f"spectrum/{name}": torch.from_numpy(region.spectrum.squares) for name, region in analysis.regions.items()
+        f"spectrum/{name}": torch.from_numpy(region.spectrum.squares)
+        for name, region in analysis.regions.items()
     }
     for kind, batches in (("example", [dict(analysis.original.example)]), ("holdout", analysis.holdout)):
         for index, batch in enumerate(batches):
-            found |= {f"{kind}/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
+            found |= {
+                f"{kind}/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)
+            }
     return found
 
 
@@ -116,7 +121,9 @@ def _read(root: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
 
 def _group(stored: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}/"): value for name, value in stored.items() if name.startswith(f"{kind}/")}
+    return {
+        name.removeprefix(f"{kind}/"): value for name, value in stored.items() if name.startswith(f"{kind}/")
+    }
 
 
 def _batches(stored: Mapping[str, Tensor], kind: str) -> list[Batch]:

@@ -111,9 +111,20 @@ def load_analysis(
         program = original.clone()
         run_passes(program, [Canonicalize(), FindSites()])
     if hash_tensors(original.tensors()) != stored.model_hash:
-        raise ArtifactMismatchError("the analysis belongs to other weights", where=str(path), fix="analyze this model")
+        raise ArtifactMismatchError(
+            "the analysis belongs to other weights", where=str(path), fix="analyze this model"
+        )
     return _assemble(
-        original, program, stored.moments, objective, stored.holdout, model, stages, progress, {}, stored.spectra
+        original,
+        program,
+        stored.moments,
+        objective,
+        stored.holdout,
+        model,
+        stages,
+        progress,
+        {},
+        stored.spectra,
     )
 
 
@@ -132,9 +143,21 @@ def _assemble(
     sites, skips = find_sites(program)
     with stages("analyse"):
         regions, failed = analyse(program, find_regions(sites), moments, known, progress)
-        run_passes(program, [Annotate({name: region.spectrum for name, region in regions.items()})], written=[SITE])
+        run_passes(
+            program, [Annotate({name: region.spectrum for name, region in regions.items()})], written=[SITE]
+        )
     return Analysis(
-        original, program, regions, [*skips, *failed], moments, objective, holdout, module, stages, progress, files
+        original,
+        program,
+        regions,
+        [*skips, *failed],
+        moments,
+        objective,
+        holdout,
+        module,
+        stages,
+        progress,
+        files,
     )
 
 
@@ -159,7 +182,11 @@ def optimize(
 
 
 def optimize_analysis(
-    analysis: Analysis, budget: Budget, *, include: Iterable[str] | str | None = None, ignore: Iterable[str] | str = ()
+    analysis: Analysis,
+    budget: Budget,
+    *,
+    include: Iterable[str] | str | None = None,
+    ignore: Iterable[str] | str = (),
 ) -> OptimizedModel:
     """`optimize` from an analysis that is there already."""
     for _ in range(REPLANS):
@@ -169,13 +196,17 @@ def optimize_analysis(
             return analysis.finish(plan, rewrites)
         names = {choice.region: choice.factorization.name for choice in plan.choices}
         analysis.refused |= {(region, names[region]): str(why) for region, why in failures.items()}
-    raise NumericsError(f"{REPLANS} plans could not be fitted", fix="leave the sites in analysis.refused out by ignore=")
+    raise NumericsError(
+        f"{REPLANS} plans could not be fitted", fix="leave the sites in analysis.refused out by ignore="
+    )
 
 
 def _batches(data: Any, tokenizer: Any, names: tuple[str, ...], what: str) -> list[Batch]:
     if data is None:
         return []
-    texts = isinstance(data, (str, Path)) or (isinstance(data, (list, tuple)) and data and isinstance(data[0], str))
+    texts = isinstance(data, (str, Path)) or (
+        isinstance(data, (list, tuple)) and data and isinstance(data[0], str)
+    )
     if not texts:
         return collect(data, names, what)
     if tokenizer is None:

@@ -29,7 +29,8 @@ def collect(data: Any, names: Sequence[str], what: str = "calibration data") -> 
         data = [data]
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise CalibrationError(
-            f"{what} of type {type(data).__name__} cannot be read", fix="pass batches, token ids, or text with a tokenizer"
+            f"{what} of type {type(data).__name__} cannot be read",
+            fix="pass batches, token ids, or text with a tokenizer",
         )
     batches: list[Batch] = []
     iterator = iter(data)
@@ -67,7 +68,9 @@ def inputs_of(program: Program, batch: Batch) -> Batch:
         if ids.numel() and (int(ids.max()) >= rows or int(ids.min()) < 0):
             bad = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
             raise CalibrationError(
-                f"id {bad} is outside the vocabulary of {rows}", where=f"input {name!r}", fix="use the model's own tokenizer"
+                f"id {bad} is outside the vocabulary of {rows}",
+                where=f"input {name!r}",
+                fix="use the model's own tokenizer",
             )
     return inputs
 
@@ -91,17 +94,25 @@ def _as_batch(item: Any, names: Sequence[str], where: str) -> Batch:
     if isinstance(item, Mapping):
         return {str(name): value for name, value in item.items() if value is not None}
     if not isinstance(item, (tuple, list)) or not item or not isinstance(item[0], Tensor):
-        raise CalibrationError(f"a batch of type {type(item).__name__}", where=where, fix="yield tensors, tuples or dicts")
+        raise CalibrationError(
+            f"a batch of type {type(item).__name__}", where=where, fix="yield tensors, tuples or dicts"
+        )
     if len(item) > len(names):
         raise CalibrationError(
-            f"{len(item)} tensors for forward({', '.join(names)})", where=where, fix="yield dicts, targets under 'labels'"
+            f"{len(item)} tensors for forward({', '.join(names)})",
+            where=where,
+            fix="yield dicts, targets under 'labels'",
         )
     return dict(zip(names, item, strict=False))
 
 
 def _rows(batch: Batch) -> int:
     sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()]
-    return min(sizes, default=0) if not any(v.numel() == 0 for v in batch.values() if isinstance(v, Tensor)) else 0
+    return (
+        min(sizes, default=0)
+        if not any(v.numel() == 0 for v in batch.values() if isinstance(v, Tensor))
+        else 0
+    )
 
 
 def _vocabularies(program: Program) -> dict[str, int]:

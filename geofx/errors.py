@@ -38,7 +38,13 @@ class BudgetInfeasibleError(GeofxError):
     exit_code = 3
 
     def __init__(
-        self, what: str, *, where: str = "", fix: str = "", smallest: dict[str, float] | None = None, best: Any = None
+        self,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        smallest: dict[str, float] | None = None,
+        best: Any = None,
     ) -> None:
         super().__init__(what, where=where, fix=fix)
         self.smallest = smallest or {}

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Operation = Literal["project", "scale", "expand", "contract", "direct_product", "direct_sum", "permute", "identity"]
+Operation = Literal[
+    "project", "scale", "expand", "contract", "direct_product", "direct_sum", "permute", "identity"
+]
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ _EIGH_LADDER: tuple[tuple[str, Solver], ...] = (
 )
 
 
-def _first_that_converges(matrix: Tensor, ladder: tuple[tuple[str, Solver], ...], what: str) -> tuple[Tensor, ...]:
+def _first_that_converges(
+    matrix: Tensor, ladder: tuple[tuple[str, Solver], ...], what: str
+) -> tuple[Tensor, ...]:
     if max(matrix.shape) > FULL_DECOMPOSITION_LIMIT:
         raise NumericsError(
             f"{what} of shape {tuple(matrix.shape)} is beyond the dense solvers' {FULL_DECOMPOSITION_LIMIT}",

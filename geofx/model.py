@@ -60,7 +60,9 @@ class OptimizedModel:
             ConfigError: the graph has no training mode; `to_module` has.
         """
         if mode:
-            raise ConfigError("a traced graph has no training mode", fix="train the module that to_module() returns")
+            raise ConfigError(
+                "a traced graph has no training mode", fix="train the module that to_module() returns"
+            )
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -86,7 +88,9 @@ class OptimizedModel:
             ConfigError: a weight's owner is not a linear layer, or the module is not known.
         """
         if self.module is None:
-            raise ConfigError("the model's own class is not known here", fix="geofx.load(path, module=your_model)")
+            raise ConfigError(
+                "the model's own class is not known here", fix="geofx.load(path, module=your_model)"
+            )
         return factorize_module(self.module, self.rewrites, self.program.aliases)
 
     def to_onnx(self, path: str | Path) -> OnnxReport:

@@ -80,7 +80,9 @@ class SquaredError:
     def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
         """(0, Σ ‖Δy‖², Σ ‖y‖²): the loss is their ratio."""
         before, after = valid_outputs(original, batch), valid_outputs(optimized, batch)
-        error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(before, after, strict=True))
+        error = sum(
+            float((a.double() - b.double()).square().sum()) for a, b in zip(before, after, strict=True)
+        )
         return 0.0, error, sum(float(value.double().square().sum()) for value in before)
 
 
@@ -95,7 +97,9 @@ class Custom:
         """The sum of the terms."""
         value = self.function(output, batch)
         if not isinstance(value, Tensor) or not value.requires_grad:
-            raise ConfigError("loss(output, batch) must return a tensor that depends on the output", where="loss")
+            raise ConfigError(
+                "loss(output, batch) must return a tensor that depends on the output", where="loss"
+            )
         if value.dim() > 0:
             return value.sum(), float(value.numel())
         terms = _tokens(batch)

@@ -53,13 +53,20 @@ def list_options(
     return options, skips
 
 
-def _options_of(member: type[Factorization], analysis: RegionAnalysis, rows: float) -> tuple[list[Option], list[Skip]]:
+def _options_of(
+    member: type[Factorization], analysis: RegionAnalysis, rows: float
+) -> tuple[list[Option], list[Skip]]:
     region = analysis.region
     if region.kind not in member.regions:
         return [], [Skip(region.name, "NO_FORMAT", f"{member.name} does not rewrite {region.kind} regions")]
     try:
         priced = [
-            Option(region, candidate, measure(candidate, region).times(rows), candidate.predicted_loss(region, analysis))
+            Option(
+                region,
+                candidate,
+                measure(candidate, region).times(rows),
+                candidate.predicted_loss(region, analysis),
+            )
             for candidate in member.candidates(region, analysis)
         ]
     except NumericsError as error:
@@ -70,7 +77,9 @@ def _options_of(member: type[Factorization], analysis: RegionAnalysis, rows: flo
     gaining = [option for option in priced if _gains(option.workload, dense)]
     if priced and gaining:
         return gaining, []
-    return [], [Skip(region.name, "NO_GAIN" if priced else "TOO_SMALL", f"{member.name} proposes nothing smaller")]
+    return [], [
+        Skip(region.name, "NO_GAIN" if priced else "TOO_SMALL", f"{member.name} proposes nothing smaller")
+    ]
 
 
 def _gains(work: Workload, dense: Workload) -> bool:

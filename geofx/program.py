@@ -53,8 +53,12 @@ class Program:
             ConfigError: an argument that was not traced, or one that is missing.
         """
         if len(args) > len(self.input_names):
-            raise ConfigError(f"{len(args)} positional arguments", fix=f"pass at most {', '.join(self.input_names)}")
-        given = dict(zip(self.input_names, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+            raise ConfigError(
+                f"{len(args)} positional arguments", fix=f"pass at most {', '.join(self.input_names)}"
+            )
+        given = dict(zip(self.input_names, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if v is not None
+        }
         unknown = sorted(given.keys() - set(self.input_names))
         if unknown:
             fix = f"pass {', '.join(self.input_names)}, or use to_module() for the whole signature"
@@ -107,7 +111,9 @@ class Program:
 
     def clone(self) -> Program:
         """A program with a graph of its own; tensors are shared until a pass replaces them."""
-        memo = {id(tensor): tensor for tensor in (*self.graph_module.parameters(), *self.graph_module.buffers())}
+        memo = {
+            id(tensor): tensor for tensor in (*self.graph_module.parameters(), *self.graph_module.buffers())
+        }
         module = copy.deepcopy(self.graph_module, memo)
         for old, new in zip(self.graph.nodes, module.graph.nodes, strict=True):
             new.meta = dict(old.meta)
@@ -126,7 +132,9 @@ class Program:
                     self.attribute(node.target)
             self.graph_module.recompile()
         except (RuntimeError, KeyError, SyntaxError) as error:
-            raise CaptureError(f"the graph is not well formed: {error}", fix="report this as a bug") from error
+            raise CaptureError(
+                f"the graph is not well formed: {error}", fix="report this as a bug"
+            ) from error
 
     def size_bytes(self) -> int:
         """Bytes of all distinct tensors that the graph reads; tied weights count once."""
@@ -142,7 +150,9 @@ class Program:
         for node in self.graph.nodes:
             value = node.meta.get("val")
             shape = str(tuple(value.shape)) if isinstance(value, Tensor) else ""
-            result.add_node(node.name, op=node.op, target=str(node.target), shape=shape, **annotations_of(node))
+            result.add_node(
+                node.name, op=node.op, target=str(node.target), shape=shape, **annotations_of(node)
+            )
             result.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
         return result
 

@@ -65,7 +65,9 @@ def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation
         NumericsError: a value is not finite or no solver converged.
     """
     work = require_finite(weight, what).double()
-    left, right, squares = (_from_input_side if work.shape[1] <= work.shape[0] else _from_output_side)(work, metric, what)
+    left, right, squares = (_from_input_side if work.shape[1] <= work.shape[0] else _from_output_side)(
+        work, metric, what
+    )
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     spectrum = Spectrum((metric.scale * squares).numpy(force=True))

@@ -63,11 +63,14 @@ def rewrites_of(program: Program, plan: Plan) -> dict[str, tuple[Factorization, 
         try:
             factors = {name: program.weight(factor_name(choice.region, name)) for name in shapes}
         except KeyError as error:
-            raise ArtifactMismatchError("the graph lacks a factor of the plan", where=str(error), fix="save again") from error
+            raise ArtifactMismatchError(
+                "the graph lacks a factor of the plan", where=str(error), fix="save again"
+            ) from error
         wrong = next((name for name, shape in shapes.items() if tuple(factors[name].shape) != shape), None)
         if wrong is not None:
             raise ArtifactMismatchError(
-                f"factor {wrong!r} is {tuple(factors[wrong].shape)}, the plan says {shapes[wrong]}", where=choice.region
+                f"factor {wrong!r} is {tuple(factors[wrong].shape)}, the plan says {shapes[wrong]}",
+                where=choice.region,
             )
         found[choice.region] = (choice.factorization, factors)
     return found

@@ -64,7 +64,9 @@ def summarize(analysis: Analysis, plan: Plan, program: Program, fidelity: Fideli
 def _rows(analysis: Analysis, plan: Plan) -> Iterable[RegionRow]:
     refused: dict[str, list[str]] = defaultdict(list)
     for rejection in plan.rejections:
-        refused[rejection.region].append(f"{rejection.reason}: {rejection.factorization} {rejection.detail}".strip())
+        refused[rejection.region].append(
+            f"{rejection.reason}: {rejection.factorization} {rejection.detail}".strip()
+        )
     for choice in plan.choices:
         spectrum = analysis.regions[choice.region].spectrum if choice.region in analysis.regions else None
         yield _row(choice, tuple(refused[choice.region]), spectrum)
@@ -91,5 +93,7 @@ def _thinned(spectrum: Spectrum) -> tuple[float, ...]:
 
 
 def _in_words(plan: Plan) -> str:
-    limits = {key: value for key, value in asdict(plan.budget).items() if value is not None and key != "scope"}
+    limits = {
+        key: value for key, value in asdict(plan.budget).items() if value is not None and key != "scope"
+    }
     return ", ".join(f"{key} {value}" for key, value in limits.items())

@@ -42,7 +42,9 @@ class _Call(nn.Module):
         self.forward = forward
 
 
-def trace(model: nn.Module | ExportedProgram, example: Mapping[str, Any] | tuple[Any, ...] | Tensor) -> Program:
+def trace(
+    model: nn.Module | ExportedProgram, example: Mapping[str, Any] | tuple[Any, ...] | Tensor
+) -> Program:
     """The aten graph of ``model`` on inputs like ``example``; weights are shared, the model is not changed.
 
     Single-row and single-token examples are doubled, so that no size is baked in, and an
@@ -70,7 +72,11 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
         if len(example) > len(names):
             raise CaptureError(f"{len(example)} example inputs", where=f"forward takes {', '.join(names)}")
         example = dict(zip(names, example, strict=False))
-    given = {name: value for name, value in example.items() if value is not None and name in names and name != "labels"}
+    given = {
+        name: value
+        for name, value in example.items()
+        if value is not None and name in names and name != "labels"
+    }
     if not given:
         raise CaptureError(
             f"the example has none of the model's inputs: {', '.join(map(str, example))}",
@@ -117,15 +123,23 @@ def _with_padding(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str
 
 def _require_capturable(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a ScriptModule cannot be traced", fix="pass the nn.Module that it was scripted from")
+        raise CaptureError(
+            "a ScriptModule cannot be traced", fix="pass the nn.Module that it was scripted from"
+        )
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module or an ExportedProgram")
+        raise CaptureError(
+            f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module or an ExportedProgram"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise CaptureError("the parameter has no data (meta device)", where=name, fix="load the weights first")
+            raise CaptureError(
+                "the parameter has no data (meta device)", where=name, fix="load the weights first"
+            )
         bad = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
         if bad is not None:
-            raise CaptureError(f"module name {bad!r} is a Python keyword", where=name, fix="rename the module")
+            raise CaptureError(
+                f"module name {bad!r} is a Python keyword", where=name, fix="rename the module"
+            )
 
 
 @contextmanager
@@ -205,7 +219,9 @@ def _finish(
     return program
 
 
-def _collect_attributes(lifted: fx.GraphModule, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _collect_attributes(
+    lifted: fx.GraphModule, model: nn.Module | None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Attributes by the model's own names, one per storage; get_attr nodes are retargeted.
 
     Parameters are shared with the model; buffers, which a graph may write to, are copied.
@@ -271,6 +287,8 @@ def _inline_grad_mode(module: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             outputs = graph.graph_copy(inner.graph, values)
         for user in list(node.users):
-            user.replace_all_uses_with(outputs[user.args[1]] if isinstance(outputs, (tuple, list)) else outputs)
+            user.replace_all_uses_with(
+                outputs[user.args[1]] if isinstance(outputs, (tuple, list)) else outputs
+            )
             graph.erase_node(user)
         graph.erase_node(node)

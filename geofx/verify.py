@@ -86,11 +86,17 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
     first, second = valid_outputs(before, batch), valid_outputs(after, batch)
     for one, other in zip(first, second, strict=True):
         if torch.isfinite(one).all() and not torch.isfinite(other).all():
-            raise NumericsError("the optimized model gives values that are not finite", fix="raise the budget")
+            raise NumericsError(
+                "the optimized model gives values that are not finite", fix="raise the budget"
+            )
         sums.error += float((one - other).square().sum(dtype=torch.float64))
         sums.power += float(one.square().sum(dtype=torch.float64))
     original, optimized, terms = objective.compare(before, after, batch)
-    sums.original, sums.optimized, sums.terms = sums.original + original, sums.optimized + optimized, sums.terms + terms
+    sums.original, sums.optimized, sums.terms = (
+        sums.original + original,
+        sums.optimized + optimized,
+        sums.terms + terms,
+    )
     if isinstance(objective, NextToken):
         _compare_tokens(sums, logits_of(before), logits_of(after), batch)
 

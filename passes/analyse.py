@@ -58,7 +58,9 @@ def analyse(
     progress("analyse", 0, len(todo))
     for done, region in enumerate(todo):
         weights = {site.weight: canonical_weight(program, site) for site in region.sites}
-        analysis = RegionAnalysis(region, weights, MomentMetrics(weights, moments), (known or {}).get(region.name))
+        analysis = RegionAnalysis(
+            region, weights, MomentMetrics(weights, moments), (known or {}).get(region.name)
+        )
         try:
             _ = analysis.spectrum
             found[region.name] = analysis

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from geofx.passes.find_sites import linear_nodes
 from torch import Tensor, fx
 
 from geofx.batches import Batch, inputs_of, select_rows, token_mask
@@ -16,10 +17,8 @@ from geofx.errors import CalibrationError
 from geofx.linalg import add_gram, fill_lower
 from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Objective
-from geofx.passes.find_sites import linear_nodes
 from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
-from geofx.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +142,9 @@ class _Recorder(fx.Interpreter):
                     continue
                 per_row = value.shape[0] // self.rows if value.shape[0] % self.rows == 0 else 0
                 bad = ~finite.flatten(1).all(1).reshape(self.rows, per_row).all(1) if per_row else None
-                raise _NotFiniteError(node, bad if bad is not None else torch.ones(self.rows, dtype=torch.bool))
+                raise _NotFiniteError(
+                    node, bad if bad is not None else torch.ones(self.rows, dtype=torch.bool)
+                )
 
     def _valid(self, value: Tensor) -> Tensor:
         flat = value.reshape(-1, value.shape[-1])
@@ -166,13 +167,17 @@ class _Recorder(fx.Interpreter):
     def moments(self, mode: Mode) -> Moments:
         """What was summed, divided by the numbers of tokens and loss terms."""
         if not any(self.tokens.values()):
-            raise CalibrationError("no token reached any site", fix="pass calibration data that is not all padding")
+            raise CalibrationError(
+                "no token reached any site", fix="pass calibration data that is not all padding"
+            )
         sites = {site.weight: site for site in self.sites.values()}
         for site in sites.values():
             if self.tokens[site.input] == 0:
                 logger.warning("no calibration token reached %s", site.weight)
         return Moments(
-            inputs={key: self._finish(self.grams, key, max(1, self.tokens[key])) for key in sorted(self.grams)},
+            inputs={
+                key: self._finish(self.grams, key, max(1, self.tokens[key])) for key in sorted(self.grams)
+            },
             means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
             outputs={name: self._finish(self.gradients, name, self.terms) for name in sorted(self.gradients)},
             input_of={name: site.input for name, site in sites.items()},

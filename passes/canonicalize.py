@@ -17,7 +17,13 @@ from geofx.program import Program
 
 aten = torch.ops.aten
 
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default)
+_TRANSPOSES = (
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mT.default,
+)
 _IDENTITIES = (aten.detach.default, aten.alias.default, aten.contiguous.default)
 _PRODUCTS = (aten.mm.default, aten.matmul.default, aten.addmm.default, aten.linear.default)
 
@@ -55,7 +61,11 @@ def _canonicalize_product(program: Program, node: fx.Node) -> bool:
     attribute, transposed = found
     as_out_in = transposed != stored_out_in  # linear takes (out, in); mm takes (in, out)
     already = attribute if as_out_in else weight
-    if node.target is aten.linear.default and weight is already and (as_out_in or weight.target is aten.t.default):
+    if (
+        node.target is aten.linear.default
+        and weight is already
+        and (as_out_in or weight.target is aten.t.default)
+    ):
         return False
     with program.graph.inserting_before(node):
         operand = attribute if as_out_in else _transpose_of(program, attribute)

@@ -24,7 +24,10 @@ class Cleanup:
         changed = bool(program.graph.eliminate_dead_code())
         used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
         root = program.graph_module
-        for name, _ in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)):
+        for name, _ in (
+            *root.named_parameters(remove_duplicate=False),
+            *root.named_buffers(remove_duplicate=False),
+        ):
             if name not in used:
                 *path, leaf = name.split(".")
                 delattr(root.get_submodule(".".join(path)), leaf)

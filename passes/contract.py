@@ -44,7 +44,9 @@ def run_passes(program: Program, passes: Iterable[Pass], written: Iterable[Key[A
             raise
         except Exception as error:
             already = ", ".join(done) or "none"
-            raise PassError(f"pass {item.name!r} failed: {error}", where=f"passes already run: {already}") from error
+            raise PassError(
+                f"pass {item.name!r} failed: {error}", where=f"passes already run: {already}"
+            ) from error
         done.append(item.name)
     return changed
 
@@ -54,5 +56,7 @@ def _require_written(sequence: tuple[Pass, ...], written: Iterable[Key[Any]]) ->
     for item in sequence:
         missing = next((key for key in item.reads if key.name not in available), None)
         if missing is not None:
-            raise PassError(f"pass {item.name!r} reads {missing.name}", fix=f"run {missing.writer!r} before it")
+            raise PassError(
+                f"pass {item.name!r} reads {missing.name}", fix=f"run {missing.writer!r} before it"
+            )
         available |= {key.name for key in item.writes}

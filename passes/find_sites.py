@@ -15,7 +15,13 @@ from geofx.site import Site, Skip
 
 aten = torch.ops.aten
 
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.alias.default, aten.detach.default)
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.alias.default,
+    aten.detach.default,
+)
 _PRODUCTS = {"linear", "matmul", "einsum", "t"}
 _LEADING_TO_PRODUCTS = {"embedding", "embedding_bag", "transpose", "permute", "slice", "split", "chunk"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,7 +46,11 @@ class FindSites:
 
 def sites_of(program: Program) -> tuple[Site, ...]:
     """The sites that `FindSites` left on the graph, in graph order."""
-    found = {node.meta[SITE.name].weight: node.meta[SITE.name] for node in program.graph.nodes if SITE.name in node.meta}
+    found = {
+        node.meta[SITE.name].weight: node.meta[SITE.name]
+        for node in program.graph.nodes
+        if SITE.name in node.meta
+    }
     return tuple(found.values())
 
 
@@ -95,7 +105,11 @@ def _from_uses(program: Program, name: str, value: Tensor, uses: list[tuple[fx.N
 
 def _is_multiplied(nodes: list[fx.Node], value: Tensor) -> bool:
     """Whether any use is a product, or a lookup or view of numbers that may lead to one."""
-    names = {str(getattr(user.target, "__name__", user.target)).split(".")[0] for node in nodes for user in node.users}
+    names = {
+        str(getattr(user.target, "__name__", user.target)).split(".")[0]
+        for node in nodes
+        for user in node.users
+    }
     words = _PRODUCTS | _LEADING_TO_PRODUCTS if value.is_floating_point() else _PRODUCTS
     return any(name in words or "mm" in name or "conv" in name for name in names)
 

@@ -49,7 +49,9 @@ def factor_name(weight: str, factor: str) -> str:
     return f"{weight}_{factor}"
 
 
-def _lower_node(program: Program, node: fx.Node, weight: str, factorization: Factorization, factors: Factors) -> None:
+def _lower_node(
+    program: Program, node: fx.Node, weight: str, factorization: Factorization, factors: Factors
+) -> None:
     trainable = program.weight(weight).requires_grad
     for name, value in factors.items():
         program.set_tensor(factor_name(weight, name), value, trainable=trainable)
@@ -69,7 +71,9 @@ def _lower_node(program: Program, node: fx.Node, weight: str, factorization: Fac
     graph.erase_node(node)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, factorization: Factorization, stored: Mapping[str, fx.Node]) -> fx.Node:
+def _inline(
+    graph: fx.Graph, node: fx.Node, factorization: Factorization, stored: Mapping[str, fx.Node]
+) -> fx.Node:
     """Copy the traced ``apply`` in before ``node``."""
     names = sorted(stored)
     x = node.args[0]
@@ -88,7 +92,10 @@ def _inline(graph: fx.Graph, node: fx.Node, factorization: Factorization, stored
     for item in (*traced.graph.nodes,):
         copied = values.get(item)
         if isinstance(copied, fx.Node) and item.op == "call_function":
-            copied.meta = {"val": item.meta.get("val"), "nn_module_stack": node.meta.get("nn_module_stack", {})}
+            copied.meta = {
+                "val": item.meta.get("val"),
+                "nn_module_stack": node.meta.get("nn_module_stack", {}),
+            }
     return result
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from geofx.passes.contract import run_passes
+from geofx.passes.lower import Lower
 from torch import nn
 
 import geofx
@@ -23,8 +25,6 @@ from geofx.errors import (
     VerificationError,
 )
 from geofx.factorizations import Dense, GaugeFixed, LowRank
-from geofx.passes.contract import run_passes
-from geofx.passes.lower import Lower
 from geofx.program import flat_tensors
 
 
@@ -45,7 +45,9 @@ def llama() -> geofx.Analysis:
 def test_every_architecture_meets_its_budget_and_comes_back(name: str, tmp_path: Path) -> None:
     model = tiny_models.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    result = geofx.optimize(model, geofx.Budget(size=0.8, scope="factorizable"), calibration=batches_for(name))
+    result = geofx.optimize(
+        model, geofx.Budget(size=0.8, scope="factorizable"), calibration=batches_for(name)
+    )
     assert result.plan.rewritten
     saved = result.plan.dense.bytes - result.program.size_bytes()
     assert saved >= 0.2 * result.plan.factorizable.bytes
@@ -74,7 +76,9 @@ def test_every_architecture_meets_its_budget_and_comes_back(name: str, tmp_path:
             for one, other in zip(flat_tensors(loaded(**inputs)), flat_tensors(result(**inputs)), strict=True)
         )
     for one, other in zip(
-        tiny_models.run_eager(loaded.to_module(), name, inputs), tiny_models.run_eager(eager, name, inputs), strict=True
+        tiny_models.run_eager(loaded.to_module(), name, inputs),
+        tiny_models.run_eager(eager, name, inputs),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
@@ -110,7 +114,9 @@ def test_rewrites_are_marked_and_dead_parameters_are_gone(llama: geofx.Analysis)
 
 
 def test_include_and_ignore_limit_what_is_rewritten(llama: geofx.Analysis) -> None:
-    plan = llama.plan(geofx.Budget(size=0.9, scope="factorizable"), include="*mlp*", ignore=["model.layers.0"])
+    plan = llama.plan(
+        geofx.Budget(size=0.9, scope="factorizable"), include="*mlp*", ignore=["model.layers.0"]
+    )
     assert {choice.region for choice in plan.rewritten} <= {
         f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
     }
@@ -160,7 +166,9 @@ def test_a_fit_that_fails_is_planned_around(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.plan.used["size"] <= result.plan.limits["size"]
 
 
-def test_an_explicit_plan_that_cannot_be_fitted_is_an_error(monkeypatch: pytest.MonkeyPatch, llama: geofx.Analysis) -> None:
+def test_an_explicit_plan_that_cannot_be_fitted_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, llama: geofx.Analysis
+) -> None:
     def fail(self: GaugeFixed, weights: Any, analysis: Any) -> Any:
         raise NumericsError("singular")
 
@@ -170,7 +178,9 @@ def test_an_explicit_plan_that_cannot_be_fitted_is_an_error(monkeypatch: pytest.
         llama.apply(plan)
 
 
-def test_a_result_that_is_larger_than_planned_is_an_error(monkeypatch: pytest.MonkeyPatch, llama: geofx.Analysis) -> None:
+def test_a_result_that_is_larger_than_planned_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, llama: geofx.Analysis
+) -> None:
     plan = llama.plan(geofx.Budget(size=0.9, scope="factorizable"))
     wide = GaugeFixed.fit
     monkeypatch.setattr(
@@ -236,15 +246,21 @@ def test_row_33_a_shared_layer_gets_one_set_of_factors_at_both_calls() -> None:
 
 
 def test_row_140_optimizing_the_result_again_counts_from_its_true_size() -> None:
-    first = geofx.optimize(tiny_models.build("llama"), geofx.Budget(size=0.9), calibration=batches_for("llama"))
+    first = geofx.optimize(
+        tiny_models.build("llama"), geofx.Budget(size=0.9), calibration=batches_for("llama")
+    )
     second = geofx.optimize(first.to_module(), geofx.Budget(size=1.0), calibration=batches_for("llama"))
     assert second.plan.dense.bytes == first.program.size_bytes()
-    again = geofx.optimize(first.program.graph_module, geofx.Budget(size=1.0), calibration=batches_for("llama"))
+    again = geofx.optimize(
+        first.program.graph_module, geofx.Budget(size=1.0), calibration=batches_for("llama")
+    )
     assert again.plan.dense.bytes == first.program.size_bytes()
 
 
 def test_rows_25_and_112_the_result_is_no_module_but_behaves() -> None:
-    result = geofx.optimize(tiny_models.build("mlp"), geofx.Budget(size=0.9), calibration=batches_for("mlp", 8))
+    result = geofx.optimize(
+        tiny_models.build("mlp"), geofx.Budget(size=0.9), calibration=batches_for("mlp", 8)
+    )
     assert result.eval() is result
     assert result.train(False) is result
     with pytest.raises(ConfigError, match="to_module"):
@@ -255,11 +271,21 @@ def test_rows_25_and_112_the_result_is_no_module_but_behaves() -> None:
 
 
 def test_row_137_global_state_is_left_as_it_was(llama: geofx.Analysis) -> None:
-    state = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state())
+    state = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.random.get_rng_state(),
+    )
     geofx.optimize(tiny_models.build("mlp"), geofx.Budget(size=0.9), calibration=batches_for("mlp", 8))
     with pytest.raises(geofx.GeofxError):
         geofx.optimize(tiny_models.build("mlp"), geofx.Budget(size=10), calibration=batches_for("mlp", 8))
-    after = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state())
+    after = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.random.get_rng_state(),
+    )
     assert state[:3] == after[:3]
     assert torch.equal(state[3], after[3])
 
@@ -274,8 +300,14 @@ def test_a_loss_budget_gives_the_smallest_model_within_it(llama: geofx.Analysis)
 def test_half_precision_models_are_factorized_in_their_own_type() -> None:
     """Row 71: bfloat16 in, bfloat16 out, through float64 in between."""
     model = tiny_models.build("llama").bfloat16()
-    result = geofx.optimize(model, geofx.Budget(size=0.8, scope="factorizable"), calibration=batches_for("llama"))
-    assert all(value.dtype == torch.bfloat16 for key, value in result.state_dict().items() if "_proj" in key and "index" not in key)
+    result = geofx.optimize(
+        model, geofx.Budget(size=0.8, scope="factorizable"), calibration=batches_for("llama")
+    )
+    assert all(
+        value.dtype == torch.bfloat16
+        for key, value in result.state_dict().items()
+        if "_proj" in key and "index" not in key
+    )
     assert result.fidelity.relative_l2 < 1.0
 
 

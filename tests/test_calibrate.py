@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from geofx.passes.calibrate import calibrate
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_sites import FindSites
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,10 +21,6 @@ from geofx.batches import collect, split
 from geofx.errors import CalibrationError, ConfigError
 from geofx.moments import Moments
 from geofx.objective import Custom, NextToken, SquaredError, choose_objective
-from geofx.passes.calibrate import calibrate
-from geofx.passes.canonicalize import Canonicalize
-from geofx.passes.contract import run_passes
-from geofx.passes.find_sites import FindSites
 from geofx.program import Program
 from geofx.trace import trace
 
@@ -39,16 +39,22 @@ def unpadded(name: str, batch: int, length: int, seed: int = 0) -> dict[str, Any
     return inputs
 
 
-def moments_by_hand(model: nn.Module, layer: nn.Linear, batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+def moments_by_hand(
+    model: nn.Module, layer: nn.Linear, batches: list[dict[str, Any]]
+) -> tuple[Tensor, Tensor]:
     """A and G of one layer of a causal language model, by module hooks and plain autograd."""
     inputs, gradients, terms, tokens = [], [], 0, 0
-    keep = layer.register_forward_hook(lambda m, args, out: inputs.append(args[0].detach().double().flatten(0, -2)))
+    keep = layer.register_forward_hook(
+        lambda m, args, out: inputs.append(args[0].detach().double().flatten(0, -2))
+    )
     hook = layer.register_full_backward_hook(lambda m, i, o: gradients.append(o[0].double().flatten(0, -2)))
     for batch in batches:
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         logits = model(**batch, use_cache=False).logits
         both = (mask[:, 1:] & mask[:, :-1]).flatten()
-        losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
         losses[both].sum().backward()
         terms, tokens = terms + int(both.sum()), tokens + int(mask.sum())
         inputs[-1] = inputs[-1][mask.flatten()]
@@ -65,7 +71,11 @@ def test_moments_are_those_of_the_eager_model(padded: bool) -> None:
     batches = [make("llama", 3, 12, seed) for seed in range(3)]
     moments = calibrate(program, batches, NextToken())
     assert not any(parameter.grad is not None for parameter in program.graph_module.parameters())
-    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"):
+    for path in (
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.mlp.up_proj",
+    ):
         a, g = moments_by_hand(model, model.get_submodule(path), batches)
         torch.testing.assert_close(moments.input_moment(f"{path}.weight").double(), a, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(moments.output_moment(f"{path}.weight").double(), g, rtol=1e-4, atol=1e-9)
@@ -95,7 +105,10 @@ def test_row_50_padding_does_not_change_the_statistics(side: str) -> None:
 
 
 def test_objectives_are_chosen_by_what_the_model_computes() -> None:
-    kinds = {name: type(choose_objective(program_of(name)[1], tiny_models.example(name), None)) for name in tiny_models.MODELS}
+    kinds = {
+        name: type(choose_objective(program_of(name)[1], tiny_models.example(name), None))
+        for name in tiny_models.MODELS
+    }
     decoders = {"llama", "gpt2", "qwen3", "gemma3", "mixtral"}
     assert {name for name, kind in kinds.items() if kind is NextToken} == decoders
     assert {name for name, kind in kinds.items() if kind is SquaredError} == kinds.keys() - decoders
@@ -161,7 +174,12 @@ def test_all_forms_of_data_give_the_same_batches() -> None:
     ids = torch.randint(0, 128, (4, 8), generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=2)
     names = ("input_ids", "attention_mask")
-    for data in (loader, list(ids.split(2)), [{"input_ids": part} for part in ids.split(2)], [(p,) for p in ids.split(2)]):
+    for data in (
+        loader,
+        list(ids.split(2)),
+        [{"input_ids": part} for part in ids.split(2)],
+        [(p,) for p in ids.split(2)],
+    ):
         batches = collect(data, names)
         assert [batch["input_ids"].tolist() for batch in batches] == [part.tolist() for part in ids.split(2)]
     assert len(collect(ids, names)) == 1
@@ -206,7 +224,9 @@ def test_row_59_grams_neither_overflow_nor_vanish(scale: float) -> None:
     first = moments.inputs[moments.input_of["0.weight"]]
     expected = (x * scale).double().T @ (x * scale).double() / 64
     if scale > 1:
-        torch.testing.assert_close(first.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            first.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
     else:
         assert torch.isfinite(first).all()
 
@@ -257,4 +277,6 @@ def test_row_65_the_same_seed_gives_the_same_plan() -> None:
 def test_row_22_batches_of_other_lengths_are_taken() -> None:
     batches = [unpadded("gpt2", size, length) for size, length in itertools.product((1, 4), (2, 31))]
     analysis = geofx.analyze(tiny_models.build("gpt2"), batches, holdout=batches[:1])
-    assert analysis.moments.loss_terms == sum(b["input_ids"].shape[0] * (b["input_ids"].shape[1] - 1) for b in batches)
+    assert analysis.moments.loss_terms == sum(
+        b["input_ids"].shape[0] * (b["input_ids"].shape[1] - 1) for b in batches
+    )

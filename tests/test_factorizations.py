@@ -29,7 +29,9 @@ def analysis_of(weight: Tensor, seed: int = 0, metric: Metric | None = None) -> 
     g = torch.randn(4 * rows, rows, generator=generator, dtype=torch.float64)
     chosen = metric or Metric(x.T @ x / len(x), g.T @ g / len(g))
     site = Site("layer.weight", (rows, columns), dtype=str(weight.dtype).removeprefix("torch."))
-    return RegionAnalysis(Region("layer.weight", "single", (site,)), {"layer.weight": weight}, {"layer.weight": chosen})
+    return RegionAnalysis(
+        Region("layer.weight", "single", (site,)), {"layer.weight": weight}, {"layer.weight": chosen}
+    )
 
 
 def random_weight(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = SHAPE) -> Tensor:
@@ -64,7 +66,9 @@ def test_a_weight_that_has_the_structure_is_recovered(case: Case) -> None:
 def test_shapes_and_flops_are_as_declared(case: Case) -> None:
     analysis = analysis_of(random_weight())
     fitted, factors = case.large.fit(analysis.weights, analysis)
-    assert {name: tuple(part.shape) for name, part in factors.items()} == fitted.factor_shapes(analysis.region)
+    assert {name: tuple(part.shape) for name, part in factors.items()} == fitted.factor_shapes(
+        analysis.region
+    )
     work = measure(case.large, analysis.region)
     assert work == measure(fitted, analysis.region) or fitted != case.large
     assert work.weight_bytes == sum(part.numel() * part.element_size() for part in factors.values())
@@ -112,7 +116,9 @@ def test_dtype_and_determinism_are_kept(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (2, 2), (3, 2)])
-def test_row_39_awkward_shapes_give_no_candidate_or_one_that_works(case: Case, shape: tuple[int, int]) -> None:
+def test_row_39_awkward_shapes_give_no_candidate_or_one_that_works(
+    case: Case, shape: tuple[int, int]
+) -> None:
     analysis = analysis_of(random_weight(torch.float64, shape))
     for candidate in type(case.large).candidates(analysis.region, analysis):
         fitted, factors = candidate.fit(analysis.weights, analysis)
@@ -121,7 +127,10 @@ def test_row_39_awkward_shapes_give_no_candidate_or_one_that_works(case: Case, s
 
 def test_candidates_of_a_prime_shape_are_in_order_of_size(case: Case) -> None:
     analysis = analysis_of(random_weight(shape=(13, 17)))
-    sizes = [measure(item, analysis.region).weight_bytes for item in type(case.large).candidates(analysis.region, analysis)]
+    sizes = [
+        measure(item, analysis.region).weight_bytes
+        for item in type(case.large).candidates(analysis.region, analysis)
+    ]
     assert sizes
     assert all(first < second for first, second in pairwise(sizes)) or len(sizes) == 1
 

@@ -87,7 +87,9 @@ def test_truncation_is_the_two_sided_optimum(shape: tuple[int, int]) -> None:
         expected = inverse_g @ (left[:, :rank] * sigma[:rank]) @ right[:rank] @ inverse_a
         actual = whole.left[:, :rank] @ whole.right[:rank]
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
-        torch.testing.assert_close(metric.loss(weight - actual), whole.spectrum.tail(rank), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            metric.loss(weight - actual), whole.spectrum.tail(rank), rtol=1e-8, atol=1e-12
+        )
 
 
 def test_row_81_signs_and_plans_do_not_depend_on_threads() -> None:

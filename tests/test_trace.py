@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
-
-from geofx.errors import CaptureError, ConfigError
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
 from geofx.passes.find_sites import FindSites, find_sites, sites_of
+from torch import Tensor, nn
+
+from geofx.errors import CaptureError, ConfigError
 from geofx.program import Program, flat_tensors
 from geofx.trace import trace
 
@@ -44,7 +44,9 @@ def canonical(program: Program) -> Program:
 def test_rows_20_to_23_the_graph_equals_eager_at_every_shape(name: str) -> None:
     """Bit for bit, also after canonicalization; traced from one unpadded row of one example."""
     model = tiny_models.build(name)
-    single = {key: value for key, value in tiny_models.example(name, batch=1).items() if key != "attention_mask"}
+    single = {
+        key: value for key, value in tiny_models.example(name, batch=1).items() if key != "attention_mask"
+    }
     program = trace(model, single)
     graphs = (program, canonical(program))
     for batch, length in ((1, 1), (1, 16), (2, 2), (3, 7), (2, 64)):
@@ -94,7 +96,9 @@ def test_row_35_transposed_weights_keep_their_orientation() -> None:
 
 def test_sites_that_read_one_tensor_share_its_moments() -> None:
     sites = find_sites(canonical(trace(tiny_models.build("llama"), tiny_models.example("llama"))))[0]
-    by_name = {site.weight.removeprefix("model.layers.0."): site.input for site in sites if "layers.0" in site.weight}
+    by_name = {
+        site.weight.removeprefix("model.layers.0."): site.input for site in sites if "layers.0" in site.weight
+    }
     attention = {by_name[f"self_attn.{part}_proj.weight"] for part in "qkv"}
     assert len(attention) == 1
     assert by_name["mlp.gate_proj.weight"] == by_name["mlp.up_proj.weight"] not in attention
@@ -250,7 +254,9 @@ def test_row_39_tiny_and_odd_weights_get_a_reason() -> None:
     assert {skip.reason for skip in skips} == {"TOO_SMALL"}
 
 
-@pytest.mark.parametrize(("dtype", "reason"), [(torch.complex64, "UNSUPPORTED_DTYPE"), (torch.int8, "QUANTIZED_WEIGHT")])
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [(torch.complex64, "UNSUPPORTED_DTYPE"), (torch.int8, "QUANTIZED_WEIGHT")]
+)
 def test_rows_29_and_45_dtypes_that_cannot_be_factorized(dtype: torch.dtype, reason: str) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -80,7 +80,8 @@ def mlp() -> nn.Module:
 
 
 MODELS = {
-    factory.__name__: factory for factory in (llama, gpt2, qwen3, gemma3, mixtral, bert, bert_masked, vit, mlp)
+    factory.__name__: factory
+    for factory in (llama, gpt2, qwen3, gemma3, mixtral, bert, bert_masked, vit, mlp)
 }
 
 

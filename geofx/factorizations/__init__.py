@@ -16,7 +16,16 @@ from geofx.factorizations.low_rank import LowRank
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed)
 
-__all__ = ["FACTORIZATIONS", "Dense", "Factorization", "Factors", "GaugeFixed", "LowRank", "from_json", "to_json"]
+__all__ = [
+    "FACTORIZATIONS",
+    "Dense",
+    "Factorization",
+    "Factors",
+    "GaugeFixed",
+    "LowRank",
+    "from_json",
+    "to_json",
+]
 
 
 def to_json(factorization: Factorization) -> dict[str, Any]:
@@ -33,7 +42,9 @@ def from_json(data: dict[str, Any], where: str = "") -> Factorization:
     known = {member.name: member for member in FACTORIZATIONS}
     name = data.get("name")
     if not isinstance(name, str) or name not in known:
-        raise PlanError(f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}")
+        raise PlanError(
+            f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}"
+        )
     settings = {key: value for key, value in data.items() if key != "name"}
     unknown = sorted(settings.keys() - {field.name for field in fields(known[name])})  # type: ignore[arg-type]
     if unknown:

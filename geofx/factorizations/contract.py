@@ -70,5 +70,7 @@ def require_rank(rank: int, limit: int, region: Region) -> None:
     """Raises PlanError unless 1 <= rank <= limit."""
     if not 1 <= rank <= limit:
         raise PlanError(
-            f"rank {rank} is outside 1..{limit}", where=f"{region.name}, shape {region.site.shape}", fix="mend the rank"
+            f"rank {rank} is outside 1..{limit}",
+            where=f"{region.name}, shape {region.site.shape}",
+            fix="mend the rank",
         )

@@ -51,7 +51,10 @@ class GaugeFixed:
         """``basis`` (r, in), ``mix`` (out - r, r); ``index`` (out,) where pivoted."""
         rows, columns = region.site.shape
         require_rank(self.rank, min(rows - 1, columns), region)
-        shapes: dict[str, tuple[int, ...]] = {"basis": (self.rank, columns), "mix": (rows - self.rank, self.rank)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "basis": (self.rank, columns),
+            "mix": (rows - self.rank, self.rank),
+        }
         return shapes if self.rows == "window" else {**shapes, "index": (rows,)}
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
@@ -67,7 +70,9 @@ class GaugeFixed:
         weight = weights[analysis.region.site.weight]
         whole = analysis.truncation
         left, right = whole.left[:, : self.rank].double(), whole.right[: self.rank].double()
-        fitted, factors = self._fit_window(left, right) if self.rows == "window" else self._fit_pivoted(left, right)
+        fitted, factors = (
+            self._fit_window(left, right) if self.rows == "window" else self._fit_pivoted(left, right)
+        )
         cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
         _require_accurate(fitted.to_dense(cast), left @ right, weight, analysis)
         return fitted, cast
@@ -130,7 +135,9 @@ def _mix(left: Tensor, rows: list[int]) -> Tensor:
     """C with C left[rows] = left[others]; infinite where the chosen rows are singular."""
     others = [row for row in range(left.shape[0]) if row not in set(rows)]
     solution, info = torch.linalg.solve_ex(left[rows].T, left[others].T)
-    return solution.T if int(info) == 0 else torch.full((len(others), len(rows)), float("inf"), dtype=left.dtype)
+    return (
+        solution.T if int(info) == 0 else torch.full((len(others), len(rows)), float("inf"), dtype=left.dtype)
+    )
 
 
 def _require_accurate(stored: Tensor, exact: Tensor, weight: Tensor, analysis: RegionAnalysis) -> None:

@@ -53,10 +53,16 @@ class LowRank:
 
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The leading r columns and rows of the truncation, in the weight's dtype."""
-        whole = analysis.truncation if self.weighting == "two_sided" else analysis.truncation_under(self.weighting)
+        whole = (
+            analysis.truncation
+            if self.weighting == "two_sided"
+            else analysis.truncation_under(self.weighting)
+        )
         weight = weights[analysis.region.site.weight]
         parts = {"left": whole.left[:, : self.rank], "right": whole.right[: self.rank]}
-        return self, {name: require_finite(part.to(weight), f"factor {name}").clone() for name, part in parts.items()}
+        return self, {
+            name: require_finite(part.to(weight), f"factor {name}").clone() for name, part in parts.items()
+        }
 
     def apply(self, x: Tensor, factors: Factors) -> Tensor:
         """(x Rᵀ) Lᵀ."""
