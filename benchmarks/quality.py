@@ -1,8 +1,9 @@
-"""The quality ladder: from plain SVD to planned gauge-fixed low rank, predicted and measured, at equal parameters.
+"""The quality ladder: plain SVD to planned gauge-fixed low rank, predicted and measured, at equal size.
 
     python benchmarks/quality.py --model smollm2 --text wikitext-2-raw-valid.txt
 
-Calibrates on the first part of the text, measures on the last. ``--model`` takes what ``geofx optimize`` takes.
+Calibrates on the first part of the text, measures on the last. ``--model`` takes what
+``geofx optimize`` takes.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def print_table(rows: list[dict[str, object]]) -> None:
     for row in rows:
         perplexity = f"{row['perplexity']:.4g}" if row["perplexity"] else "-"
         print(
-            f"| {row['rung']} | {row['keep']} | {row['kept']:.4f} | {row['bytes'] / 1e6:.1f} | {perplexity} | "
-            f"{row['loss_increase']:.4f} | {row['predicted']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} |"
+            f"| {row['rung']} | {row['keep']} | {row['kept']:.4f} | {row['bytes'] / 1e6:.1f} | "
+            f"{perplexity} | {row['loss_increase']:.4f} | {row['predicted']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} |"
         )
 
 

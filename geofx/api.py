@@ -55,7 +55,8 @@ def analyze(
 
     Args:
         model: any nn.Module, traced GraphModule or ExportedProgram; it is not changed.
-        calibration: token ids, batches (dicts, tuples, a DataLoader, a generator), or text with ``tokenizer``.
+        calibration: token ids, batches (dicts, tuples, a DataLoader, a generator), or text with
+            ``tokenizer``.
         tokenizer: cuts text into windows of 512 tokens that begin as it begins a text.
         loss: ``loss(output, batch)``, a tensor of terms or the mean per token; by default next-token
             cross-entropy where the model predicts tokens, relative squared error of the outputs otherwise.

@@ -50,7 +50,11 @@ class Moments:
     def input_moment(self, weight: str) -> Tensor | None:
         """A at the input of ``weight``, or None where no token reached it."""
         key = self.input_of.get(weight, "")
-        return self.inputs[key] if self.tokens.get(key, 0) > 0 else None
+        return self.inputs[key] if self.tokens_at(weight) > 0 else None
+
+    def tokens_at(self, weight: str) -> int:
+        """Number of tokens that reached ``weight``."""
+        return self.tokens.get(self.input_of.get(weight, ""), 0)
 
     def output_moment(self, weight: str) -> Tensor | None:
         """G at the output of ``weight``, or None where none was taken."""

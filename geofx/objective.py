@@ -88,7 +88,7 @@ class SquaredError:
 
 @dataclass(frozen=True)
 class Custom:
-    """The user's ``loss(output, batch)``: a tensor of terms, or a scalar, the mean over the tokens of the batch."""
+    """The user's ``loss(output, batch)``: a tensor of terms, or a scalar: the mean per token."""
 
     function: UserLoss
     unit: str = "loss per term"
@@ -114,7 +114,7 @@ class Custom:
 
 
 def choose_objective(program: Program, batch: Batch, loss: UserLoss | None, seed: int = 0) -> Objective:
-    """The user's loss; next-token cross-entropy where logits are causal; squared error of outputs otherwise."""
+    """The user's loss; next-token cross-entropy where logits are causal; else squared error of outputs."""
     if loss is not None:
         return Custom(loss)
     return NextToken() if is_causal_language_model(program, batch) else SquaredError(seed)

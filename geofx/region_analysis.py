@@ -20,7 +20,7 @@ Weights = Mapping[str, Tensor]
 
 INPUT_SHRINKAGE = 1e-4
 OUTPUT_SHRINKAGE = 1e-2
-"""Shares of mean(diag) · I mixed into A and G: relative, so that no unit or model is favoured."""
+"""Least shares of mean(diag) · I mixed into A and G: relative, so that no unit or model is favoured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,14 @@ class MomentMetrics(Mapping[str, Metric]):
 
     def __getitem__(self, name: str) -> Metric:
         moments = self._moments
-        return region_metric(self._weights[name], moments.input_moment(name), moments.output_moment(name))
+        inputs, outputs = moments.input_moment(name), moments.output_moment(name)
+        if inputs is not None and inputs.any():
+            inputs = shrink(inputs, sampling_share(inputs, moments.tokens_at(name), INPUT_SHRINKAGE))
+        else:
+            inputs = None
+        if outputs is not None:
+            outputs = shrink(outputs, sampling_share(outputs, moments.loss_terms, OUTPUT_SHRINKAGE))
+        return region_metric(self._weights[name], inputs, outputs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -143,14 +150,23 @@ class MomentMetrics(Mapping[str, Metric]):
         return len(self._weights)
 
 
-def region_metric(weight: Tensor, moment_in: Tensor | None, moment_out: Tensor | None) -> Metric:
-    """The metric of one weight from its moments, shrunk; the scale makes a missing side comparable.
+def sampling_share(moment: Tensor, samples: int, least: float) -> float:
+    """Share of shrinkage that the number of samples asks for: (tr M)² / (‖M‖² T), at least ``least``.
+
+    That is Ledoit and Wolf's (2004) estimate E‖x xᵀ - M‖² / (T ‖M - m I‖²) for samples of equal norm,
+    bounded from the matrix alone: few samples in many directions shrink much, many in few hardly.
+    """
+    wide = moment.double()
+    spread = float(wide.trace() ** 2 / wide.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+    return min(1.0, max(least, spread / max(1, samples)))
+
+
+def region_metric(weight: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Metric:
+    """The metric of one weight from its shrunk moments; the scale makes a missing side comparable.
 
     Without G the form is the relative squared error of the output, without A also of the weight,
     so that sites still add up.
     """
-    inputs = None if moment_in is None or not moment_in.any() else shrink(moment_in, INPUT_SHRINKAGE)
-    outputs = None if moment_out is None else shrink(moment_out, OUTPUT_SHRINKAGE)
     if outputs is not None:
         return Metric(inputs, outputs)
     size = Metric(inputs).loss(weight)

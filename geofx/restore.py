@@ -1,4 +1,4 @@
-"""From a saved folder back to the result: graph, plan, report, and the model's own class where it is known."""
+"""From a saved folder back to the result: graph, plan, report, and the model's own class where known."""
 
 from __future__ import annotations
 

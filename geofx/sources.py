@@ -132,7 +132,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def module_from_config(config: Mapping[str, Any]) -> nn.Module | None:
-    """A model of this configuration with weights yet to be filled in; None without transformers or such a class."""
+    """A model of this configuration, weights yet to be filled in; None without transformers or its class."""
     try:
         transformers = _transformers()
         kind = transformers.CONFIG_MAPPING[str(config.get("model_type"))]

@@ -41,7 +41,7 @@ def calibrate(
     Raises:
         CalibrationError: no token is left, too many rows are dropped, or gradients are not finite.
     """
-    recorder = _Recorder(program, objective, with_gradients=mode == "two_sided")
+    recorder = Recorder(program, objective, with_gradients=mode == "two_sided")
     progress("calibrate", 0, len(batches))
     with _buffers_restored(program):
         for done, batch in enumerate(batches):
@@ -56,7 +56,7 @@ class _NotFiniteError(Exception):
         self.node, self.rows = node, rows
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
     """Sums of x xᵀ, x and g gᵀ over all batches, in float64."""
 
     def __init__(self, program: Program, objective: Objective, with_gradients: bool) -> None:
@@ -90,8 +90,9 @@ class _Recorder(fx.Interpreter):
                 logger.warning("%d calibration rows are not finite at %s and are left out", bad, error.node)
                 self.dropped["not finite"] = self.dropped.get("not finite", 0) + bad
                 if self.dropped["not finite"] > max(1.0, MAX_DROPPED_RATIO * self.seen_rows):
+                    count = self.dropped["not finite"]
                     raise CalibrationError(
-                        f"{self.dropped['not finite']} of {self.seen_rows} rows give values that are not finite",
+                        f"{count} of {self.seen_rows} rows give values that are not finite",
                         where=error.node,
                         fix="check the data, or run the model in float32",
                     ) from error

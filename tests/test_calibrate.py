@@ -129,7 +129,7 @@ def test_squared_error_moments_are_gauss_newton() -> None:
 
 
 def test_a_loss_of_the_users_own() -> None:
-    model, program = program_of("llama")
+    _, program = program_of("llama")
     batches = [unpadded("llama", 3, 12, seed) for seed in range(2)]
 
     def loss(output: Any, batch: Any) -> Tensor:

@@ -181,7 +181,7 @@ def test_row_18_data_dependent_control_flow_quotes_the_line() -> None:
 
 
 def test_row_17_what_cannot_be_traced_is_said() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(CaptureError, match="ScriptModule"):
         trace(scripted, torch.randn(2, 4))

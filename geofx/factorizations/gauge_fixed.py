@@ -1,4 +1,4 @@
-"""W ≈ [C₁; I; C₂] B: r of the outputs span the others, so a rank-r weight needs only r (out + in) - r² numbers."""
+"""W ≈ [C₁; I; C₂] B: r of the outputs span the others, so rank r takes r (out + in) - r² numbers."""
 
 from __future__ import annotations
 
