@@ -14,22 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn import functional
-
-from geofx.batches import Batch
-from geofx.objective import next_token_pairs
 from geofx.passes.calibrate import Recorder
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
 from geofx.passes.find_sites import FindSites
-from geofx.objective import NextToken
+from torch.nn import functional
+
+from geofx.batches import Batch
+from geofx.objective import NextToken, next_token_pairs
 from geofx.sources import load_source
 from geofx.text import windows
 from geofx.trace import trace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--batches", type=int, default=9)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-
 from geofx.cost_models.contract import Device
+
 from geofx.workload import Workload
 
 _REPEATS = 9
@@ -47,7 +47,9 @@ def measured_device(size: int = 1024) -> Device:
     copy_s = _median_s(lambda: target.copy_(source))
     launch_s = _median_s(lambda: small + small)
     copied_bytes = 2 * source.numel() * source.element_size()
-    return Device(platform.processor() or platform.machine(), 2 * size**3 / matmul_s, copied_bytes / copy_s, launch_s)
+    return Device(
+        platform.processor() or platform.machine(), 2 * size**3 / matmul_s, copied_bytes / copy_s, launch_s
+    )
 
 
 def _median_s(call: Callable[[], object]) -> float:

@@ -93,7 +93,8 @@ class Analysis:
             ConfigError: a pattern matches nothing, or the budget needs losses that were not measured.
         """
         options, skips = self._priced(tuple(formats))
-        allowed = set(matching(tuple(self.regions), include or (), ignore))
+        known = (*self.regions, *(skip.weight for skip in self.skips))
+        allowed = set(matching(known, include or (), ignore))
         ignored = [
             Skip(name, "IGNORED", "left out by include / ignore")
             for name in self.regions
@@ -226,7 +227,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _config_of(module: nn.Module | None) -> dict[str, Any] | None:
     """The Hugging Face configuration of a model that has one, naming its own class."""
     config = getattr(module, "config", None)
-    if not hasattr(config, "to_dict"):
+    if config is None or not hasattr(config, "to_dict"):
         return None
     return {**config.to_dict(), "architectures": [type(module).__name__]}
 

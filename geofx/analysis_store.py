@@ -79,7 +79,10 @@ def read_analysis(path: str | Path) -> StoredAnalysis:
         ArtifactCorruptError: the folder is damaged.
     """
     meta, stored = _read(real_folder(path))
-    kinds = {NextToken.__name__: NextToken(), SquaredError.__name__: SquaredError(int(meta["seed"]))}
+    kinds: dict[str, Objective] = {
+        NextToken.__name__: NextToken(),
+        SquaredError.__name__: SquaredError(int(meta["seed"])),
+    }
     return StoredAnalysis(
         model_hash=str(meta["model_hash"]),
         moments=_moments(meta, stored),

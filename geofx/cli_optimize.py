@@ -11,7 +11,7 @@ import typer
 
 from geofx import cli_options as options
 from geofx.analysis import Analysis
-from geofx.api import analyze, optimize_analysis
+from geofx.api import analyze, load_analysis, optimize_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
 from geofx.errors import ConfigError
 from geofx.folder import check_target
@@ -102,7 +102,7 @@ def plan(
             source = load_source(model)
         options.check_patterns(source, include, ignore)
         if analysis is not None and kept:
-            found = Analysis.load(analysis, source.model)
+            found = _kept(analysis, source, progress)
         else:
             found = _analysis(source, text, data, None, mode, tokens, length, seed, progress)
         if analysis is not None and not kept:
@@ -142,7 +142,7 @@ def apply(
         with progress.step("load"):
             source = load_source(model)
         if analysis is not None:
-            found = Analysis.load(analysis, source.model)
+            found = _kept(analysis, source, progress)
         else:
             found = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
         result = _named(found.apply(made), source)
@@ -172,8 +172,17 @@ def _analysis(
         example=options.example_of(source, calibration),
         seed=seed,
         progress=progress,
-        files={} if source.tokenizer is None else tokenizer_files(source.tokenizer),
+        files=_files(source),
     )
+
+
+def _kept(folder: Path, source: Source, progress: ConsoleProgress) -> Analysis:
+    found = load_analysis(folder, source.model, progress=progress)
+    return dataclasses.replace(found, files=_files(source))
+
+
+def _files(source: Source) -> dict[str, bytes]:
+    return {} if source.tokenizer is None else tokenizer_files(source.tokenizer)
 
 
 def _named(result: OptimizedModel, source: Source) -> OptimizedModel:

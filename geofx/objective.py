@@ -20,7 +20,10 @@ UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
 class Objective(Protocol):
     """A loss whose gradients the calibration takes and whose increase the verification measures."""
 
-    unit: str
+    @property
+    def unit(self) -> str:
+        """What the loss is measured in."""
+        ...
 
     def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
         """(scalar to call backward on, number of loss terms): Σ over terms of what is squared into G."""

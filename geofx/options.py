@@ -42,7 +42,7 @@ def list_options(
     ``rows_per_token`` says how often a region runs per token of the model (2 for a layer called twice, less
     than 1 for one that sees a sequence once); 1 where it says nothing.
     """
-    chosen = tuple(dict.fromkeys((Dense, *formats)))
+    chosen: tuple[type[Factorization], ...] = tuple(dict.fromkeys((Dense, *formats)))
     options: list[Option] = []
     skips: list[Skip] = []
     for analysis in analyses:

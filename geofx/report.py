@@ -74,6 +74,9 @@ class RegionRow:
         kept_ratio: numbers stored afterwards / before.
         loss: predicted increase, in the calibration card's unit.
         refused: ``"REASON: detail"`` of every option that was not proposed or not taken.
+        sensitivity: predicted loss of removing the region altogether.
+        effective_rank: exp of the entropy of the weighted singular values.
+        rank_99: least rank that keeps 99 % of the weighted energy.
         spectrum: σ_i², descending; may be thinned out or empty.
     """
 
@@ -85,6 +88,9 @@ class RegionRow:
     kept_ratio: float = 1.0
     loss: float | None = None
     refused: tuple[str, ...] = ()
+    sensitivity: float | None = None
+    effective_rank: float | None = None
+    rank_99: int | None = None
     spectrum: tuple[float, ...] = ()
 
 

@@ -82,6 +82,9 @@ def _row(choice: Choice, refused: tuple[str, ...], spectrum: Spectrum | None) ->
         kept_ratio=choice.parameters / max(1, choice.dense_parameters),
         loss=choice.loss,
         refused=refused,
+        sensitivity=None if spectrum is None else spectrum.total,
+        effective_rank=None if spectrum is None else spectrum.effective_rank,
+        rank_99=None if spectrum is None else spectrum.rank_at(0.99),
         spectrum=() if spectrum is None else _thinned(spectrum),
     )
 

@@ -192,12 +192,8 @@ def _user_line(error: BaseException) -> str:
 
 def _from_exported(exported: ExportedProgram) -> Program:
     args, kwargs = exported.example_inputs or ((), {})
-    names = [name for name in _placeholder_names(exported)]
+    names = [str(name) for name in exported.graph_signature.user_inputs]
     return _finish(exported, None, tuple(names), dict(zip(names, (*args, *kwargs.values()), strict=True)))
-
-
-def _placeholder_names(exported: ExportedProgram) -> tuple[str, ...]:
-    return tuple(exported.graph_signature.user_inputs)  # type: ignore[arg-type]
 
 
 def _finish(

@@ -104,7 +104,7 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
 def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch) -> None:
     first, _ = next_token_pairs(before, batch)
     second, targets = next_token_pairs(after, batch)
-    for one, other in zip(first.split(256), second.split(256), strict=True):
+    for one, other in zip(torch.split(first, 256), torch.split(second, 256), strict=True):
         p, q = functional.log_softmax(one.float(), -1), functional.log_softmax(other.float(), -1)
         sums.divergence += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
         sums.agreeing += float((one.argmax(-1) == other.argmax(-1)).sum())

@@ -102,7 +102,8 @@ class Recorder(fx.Interpreter):
 
     def _add_finite(self, batch: Batch) -> None:
         inputs = inputs_of(self.program, batch)
-        self.mask, self.captured = token_mask(inputs), {}
+        self.mask = token_mask(inputs)
+        self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
             output = self.run(*inputs.values())
@@ -122,7 +123,7 @@ class Recorder(fx.Interpreter):
         if site is None:
             value = super().run_node(n)
             return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
-        x = self.env[n.args[0]]
+        x = self.env[n.args[0]]  # type: ignore[index]
         self._require_finite(n.name, x)
         self.captured[site.input, _storage(x)] = x.detach()
         value = super().run_node(n)

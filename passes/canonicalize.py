@@ -77,7 +77,7 @@ def _canonicalize_product(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _operands(node: fx.Node) -> tuple[Any, Any, Any, bool] | None:
+def _operands(node: Any) -> tuple[Any, Any, Any, bool] | None:
     """(x, weight, bias, weight is stored (out, in)), or None where scaled or too short."""
     if node.target is aten.linear.default:
         return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None, True
@@ -110,9 +110,9 @@ def constant_matrix(program: Program, node: Any) -> tuple[fx.Node, bool] | None:
     return (node, transposed) if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
-def _swaps_two(node: fx.Node) -> bool:
+def _swaps_two(node: Any) -> bool:
     if node.target is aten.transpose.int:
-        return {dim % 2 for dim in node.args[1:3]} == {0, 1}  # type: ignore[operator,union-attr]
+        return {dim % 2 for dim in node.args[1:3]} == {0, 1}
     if node.target is aten.permute.default:
-        return [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[operator,union-attr]
+        return [dim % 2 for dim in node.args[1]] == [1, 0]
     return True

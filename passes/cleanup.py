@@ -38,6 +38,6 @@ class Cleanup:
 def _drop_empty(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         _drop_empty(child)
-        empty = not (list(child.children()) or list(child.parameters(False)) or list(child.buffers(False)))
-        if empty and type(child) is nn.Module:
+        full = any(True for part in (child.children(), child.parameters(), child.buffers()) for _ in part)
+        if not full and type(child) is nn.Module:
             delattr(module, name)

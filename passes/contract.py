@@ -35,7 +35,8 @@ def run_passes(program: Program, passes: Iterable[Pass], written: Iterable[Key[A
     """
     sequence = tuple(passes)
     _require_written(sequence, written)
-    changed, done = False, []
+    changed = False
+    done: list[str] = []
     for item in sequence:
         try:
             changed |= item.run(program)

@@ -87,7 +87,7 @@ def _inline(
     traced.graph.eliminate_dead_code()
     inner = [item for item in traced.graph.nodes if item.op == "placeholder"]
     values = dict(zip(inner, (x, *(stored[name] for name in names)), strict=True))
-    result = graph.graph_copy(traced.graph, values)  # type: ignore[arg-type]
+    result = graph.graph_copy(traced.graph, values)
     assert isinstance(result, fx.Node)
     for item in (*traced.graph.nodes,):
         copied = values.get(item)

@@ -125,6 +125,22 @@ def test_include_and_ignore_limit_what_is_rewritten(llama: geofx.Analysis) -> No
         llama.plan(geofx.Budget(size=0.9), ignore=["lm_haed"])
 
 
+def test_row_8_a_pattern_may_name_what_cannot_be_factorized(llama: geofx.Analysis) -> None:
+    plan = llama.plan(geofx.Budget(size=0.9, scope="factorizable"), ignore=["model.embed_tokens"])
+    reasons = {rejection.region: rejection.reason for rejection in plan.rejections}
+    assert reasons["model.embed_tokens.weight"] == "TIED_EMBEDDING"
+    assert plan.rewritten
+
+
+def test_rows_56_and_61_few_samples_shrink_the_moments_and_the_promise_stays_honest() -> None:
+    """Twenty tokens in 32 dimensions: without shrinkage the prediction would be a thousand times too low."""
+    analysis = geofx.analyze(
+        tiny_models.build("mlp"), batches_for("mlp", 6), holdout=batches_for("mlp", 40)[6:]
+    )
+    result = analysis.apply(analysis.plan(geofx.Budget(size=0.8, scope="factorizable")))
+    assert result.plan.loss > 0.2 * result.fidelity.loss_increase
+
+
 def test_row_3_an_impossible_budget_carries_the_smallest_plan(llama: geofx.Analysis) -> None:
     with pytest.raises(BudgetInfeasibleError, match="cannot be met") as caught:
         llama.plan(geofx.Budget(size=1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,10 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from geofx.errors import ConfigError, ExportError, MissingDependencyError, ResourceError, VerificationError
 from geofx.export import onnx as onnx_export
-from geofx.export.cases import Case, make_cases, require_equal
+from geofx.export.cases import Case, make_cases, require_equal, shortened
 from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.onnx_runtime import OnnxRunner, run_onnx
+from geofx.export.staging import staging
 from geofx.factorizations import Factorization, Factors, GaugeFixed, LowRank
 from geofx.program import Program
 from geofx.region import Region
@@ -219,7 +221,10 @@ def test_row_147_difference_is_an_error(
         return [value * (1.001 if len(value) > 2 else 1) for value in outputs]
 
     monkeypatch.setattr(OnnxRunner, "__call__", wrong_when_long)
-    with pytest.raises(VerificationError, match=r"differs .* allowed is .* at batch=5"):
+    where = (
+        r"differs .* allowed is .*output 'output' at batch=5, most at index \[\d, \d+\] of shape \[5, 17\]"
+    )
+    with pytest.raises(VerificationError, match=where):
         to_onnx(mlp, tmp_path / "model.onnx")
     assert_nothing_published(tmp_path)
     assert to_onnx(mlp, tmp_path / "model.onnx", rtol=1e-2).max_difference > 0
@@ -231,6 +236,85 @@ def test_row_147_not_a_number_is_an_error() -> None:
         require_equal(case, [torch.tensor([1.0, float("nan"), 1.0])], 1e-4)
     with pytest.raises(VerificationError, match="shape"):
         require_equal(case, [torch.ones(1, 3)], 1e-4)
+
+
+@pytest.mark.parametrize("wrong", [5.0, float("nan"), float("inf")])
+def test_row_147_error_tells_where_it_differs_most(wrong: float) -> None:
+    expected = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    actual = expected.clone()
+    actual[1, 2, 3], actual[2, 0, 0] = wrong, actual[2, 0, 0] + 1e-2
+    with pytest.raises(
+        VerificationError, match=r"'y' at here, most at index \[1, 2, 3\] of shape \[3, 4, 5\]"
+    ):
+        require_equal(Case("here", {}, (expected,)), [actual], 1e-4, ["y"])
+    with pytest.raises(VerificationError, match=r"most at index \[0\] of shape \[\]"):
+        require_equal(Case("here", {}, (torch.tensor(1.0),)), [torch.tensor(wrong)], 1e-4)
+
+
+def test_bound_is_relative_to_the_largest_visible_value() -> None:
+    expected = torch.tensor([[1.0, 100.0, float("inf")]])
+    mask = {"attention_mask": torch.tensor([[1, 0, 1]])}
+    assert require_equal(Case("here", {}, (expected,)), [expected + 0.5], 1e-2) == 0.5
+    with pytest.raises(VerificationError, match=r"by 0\.5, allowed is 0\.01"):
+        require_equal(Case("here", mask, (expected,)), [expected + 0.5], 1e-2)
+    assert require_equal(Case("here", {}, (torch.ones(0, 3),)), [torch.ones(0, 3)], None) == 0.0
+
+
+def test_long_examples_are_checked_short_and_padding_stays() -> None:
+    sizes: list[torch.Size] = []
+
+    def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        sizes.append(inputs["attention_mask"].shape)
+        return [inputs["input_ids"]]
+
+    mask = torch.ones(2, 512, dtype=torch.long)
+    mask[1, -1] = mask[0, 0] = 0
+    axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+    ids = torch.arange(1024).reshape(2, 512)
+    example = shortened(run, {"input_ids": ids, "attention_mask": mask}, axes)
+    assert example["attention_mask"].tolist() == [[0] + [1] * 15, [1] * 15 + [0]]
+    assert example["input_ids"][0].tolist() == [round(i * 511 / 15) for i in range(16)]
+    assert max(size[0] * size[1] for size in sizes) == 2 * 16
+    cases = make_cases(run, example, axes)
+    assert len(sizes) == 1, "a case is made when it is asked for"
+    assert [tuple(case.inputs["input_ids"].shape) for case in cases] == [(2, 16), (1, 16), (2, 1), (5, 33)]
+
+
+def test_example_is_kept_where_the_original_refuses_a_shorter_one() -> None:
+    def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        assert inputs["x"].shape[1] >= 20
+        return [inputs["x"]]
+
+    example = {"x": torch.randn(2, 24)}
+    assert shortened(run, example, {"x": {0: "batch", 1: "sequence"}}) is example
+
+
+def test_row_97_leftovers_of_a_killed_export_are_removed_and_no_others(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time; from pathlib import Path; from geofx.export.staging import staging\n"
+        "with staging(Path(sys.argv[1]) / 'model.onnx', 1) as folder:\n"
+        "    (folder / 'part').write_text('x'); print(folder, flush=True); time.sleep(60)"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        dead, alive = (Path(child.stdout.readline().strip()) for child in children if child.stdout)
+        children[0].kill()
+        children[0].wait()
+        (tmp_path / ".tmp-mine.export").mkdir()
+        assert (dead / "part").exists()
+        with staging(tmp_path / "other.onnx", 1) as mine:
+            assert mine.is_dir()
+            assert not dead.exists()
+            assert (alive / "part").exists()
+        kept = {alive.name, f"{alive.name}.lock", ".tmp-mine.export"}
+        assert {entry.name for entry in tmp_path.iterdir()} == kept
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 def test_only_valid_positions_are_compared() -> None:

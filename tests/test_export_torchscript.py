@@ -169,6 +169,27 @@ def test_row_99_bad_target_is_refused(name: str, tmp_path: Path) -> None:
         to_torchscript(mlp(), {"input": torch.randn(3, 12)}, tmp_path / name)
 
 
+def test_long_example_is_traced_short(tmp_path: Path) -> None:
+    ids = torch.arange(96).reshape(2, 48) % 64
+    report = to_torchscript(
+        llama(), {"input_ids": ids, "attention_mask": ids.clamp_max(1)}, tmp_path / "m.pt"
+    )
+    assert list(report.differences)[0::3] == ["batch=2, sequence=16", "batch=5, sequence=33"]
+    loaded, mask = torch.jit.load(report.path), torch.ones_like(ids)
+    torch.testing.assert_close(loaded(ids, mask), llama()(ids, mask).logits, rtol=1e-4, atol=1e-6)
+
+
+def test_row_152_python_that_torch_jit_does_not_support_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    to_torchscript(mlp(), {"input": torch.randn(3, 12)}, tmp_path / "model.pt")
+    assert not caplog.records
+    monkeypatch.setattr(torchscript, "UNSUPPORTED_PYTHON", (3, 0))
+    to_torchscript(mlp(), {"input": torch.randn(3, 12)}, tmp_path / "model.pt")
+    assert "below 3.14 only" in caplog.text
+    assert "export ONNX" in caplog.text
+
+
 @pytest.mark.filterwarnings("error")
 def test_deprecation_of_torch_jit_is_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     to_torchscript(mlp(), {"input": torch.randn(3, 12)}, tmp_path / "model.pt")

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"geofx": ROOT / "geofx", "geofx.passes": ROOT / "passes", "geofx.cost_models": ROOT / "cost_models"}
+FOLDERS = {
+    "geofx": ROOT / "geofx",
+    "geofx.passes": ROOT / "passes",
+    "geofx.cost_models": ROOT / "cost_models",
+}
 
 LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
@@ -72,7 +76,9 @@ def imports_of(tree: ast.AST) -> list[tuple[str, bool]]:
                 whole = f"{node.module}.{name.name}"
                 found.append((whole if whole in known else str(node.module), id(node) in typing_only))
         elif isinstance(node, ast.Import):
-            found += [(name.name, id(node) in typing_only) for name in node.names if name.name.startswith("geofx")]
+            found += [
+                (name.name, id(node) in typing_only) for name in node.names if name.name.startswith("geofx")
+            ]
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from geofx import linalg
 from geofx.errors import NumericsError
-from geofx.region_analysis import Metric, region_metric, truncate
+from geofx.region_analysis import Metric, region_metric, sampling_share, truncate
 
 
 def gram(size: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -123,6 +123,14 @@ def test_gram_by_blocks_is_the_gram(block: int) -> None:
 def test_packing_is_inverted() -> None:
     matrix = linalg.fill_lower(gram(9, 30))
     assert torch.equal(linalg.unpack_symmetric(linalg.pack_symmetric(matrix)), matrix)
+
+
+def test_shrinkage_follows_the_number_of_samples() -> None:
+    """Ledoit and Wolf: identity moments of n dims from T samples shrink by n / T, rank-one moments by 1 / T."""
+    assert sampling_share(torch.eye(50), 1000, 1e-4) == pytest.approx(0.05)
+    assert sampling_share(torch.ones(50, 50), 1000, 1e-4) == pytest.approx(0.001)
+    assert sampling_share(torch.eye(50), 10, 1e-4) == 1.0
+    assert sampling_share(torch.eye(50), 10**9, 1e-4) == 1e-4
 
 
 def test_shrinkage_is_relative_and_keeps_the_trace() -> None:

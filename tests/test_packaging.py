@@ -49,7 +49,11 @@ def test_the_wheel_holds_every_module_and_nothing_generic(wheel: Path) -> None:
     top = {name.split("/")[0] for name in names}
     assert top == {"geofx", next(name for name in top if name.endswith(".dist-info"))}
     expected = {f"geofx/{path.relative_to(ROOT / 'geofx')}" for path in (ROOT / "geofx").rglob("*.py")}
-    expected |= {f"geofx/{path.relative_to(ROOT)}" for part in ("passes", "cost_models") for path in (ROOT / part).glob("*.py")}
+    expected |= {
+        f"geofx/{path.relative_to(ROOT)}"
+        for part in ("passes", "cost_models")
+        for path in (ROOT / part).glob("*.py")
+    }
     expected |= {"geofx/py.typed", "geofx/report.html.j2"}
     assert expected <= set(names)
 
@@ -58,11 +62,27 @@ def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None
     """Also that importing geofx loads none of the optional packages."""
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, "-c", SMOKE, str(site)], cwd=empty, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SMOKE, str(site)],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("bytes ")
@@ -72,5 +92,7 @@ def test_the_checkout_works_without_an_install() -> None:
     """Run in the repository's root, passes/ and cost_models/ are found beside geofx/."""
     code = "import geofx.passes.lower, geofx.cost_models; print(geofx.passes.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert Path(done.stdout.strip()) == ROOT / "passes" / "__init__.py"

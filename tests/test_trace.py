@@ -59,6 +59,28 @@ def test_rows_20_to_23_the_graph_equals_eager_at_every_shape(name: str) -> None:
             assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_row_23_empty_inputs_give_empty_outputs_or_the_models_own_error(shape: tuple[int, int]) -> None:
+    model = tiny_models.build("gpt2")
+    program = trace(model, tiny_models.example("gpt2"))
+    ids = torch.zeros(shape, dtype=torch.long)
+    with torch.no_grad():
+        try:
+            expected = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.shape
+        except (RuntimeError, IndexError, ValueError):
+            with pytest.raises((RuntimeError, IndexError, ValueError, ConfigError)):
+                program(ids)
+        else:
+            assert program(ids).logits.shape == expected
+
+
+def test_row_19_a_model_that_caches_by_default_is_traced_without_its_cache() -> None:
+    model = tiny_models.build("llama")
+    assert model.config.use_cache
+    output = trace(model, tiny_models.example("llama"))(**tiny_models.example("llama"))
+    assert output.past_key_values is None
+
+
 def test_sites_are_found_by_what_is_multiplied(name: str) -> None:
     program = canonical(trace(tiny_models.build(name), tiny_models.example(name)))
     sites, skips = find_sites(program)

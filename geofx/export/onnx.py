@@ -7,15 +7,16 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from geofx.errors import ExportError, VerificationError
-from geofx.export.cases import make_cases, require_equal
-from geofx.export.onnx_graph import to_onnx_model
+from geofx.export.cases import make_cases, require_equal, shortened
+from geofx.export.onnx_graph import require_exportable, to_onnx_model
 from geofx.export.onnx_runtime import OnnxRunner, optimized_weight_bytes, require_onnx
 from geofx.export.staging import staging, target_file
 from geofx.program import Program, flat_tensors
@@ -69,7 +70,10 @@ def to_onnx(program: Program, path: str | Path, *, rtol: float | None = None) ->
     require_onnx()
     start = time.perf_counter()
     target = target_file(path, ".onnx")
+    require_exportable(program)
     planned = program.size_bytes()
+    example = shortened(partial(_outputs, program), program.example, program.dynamic_shapes)
+    program = replace(program, example=example)
     with staging(target, 2 * planned) as folder:
         staged = _write(to_onnx_model(program), folder / target.name)
         optimized = _require_unfolded(staged[0], planned)
@@ -77,6 +81,10 @@ def to_onnx(program: Program, path: str | Path, *, rtol: float | None = None) ->
         size = sum(file.stat().st_size for file in staged)
         _publish(staged, target)
     return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
+
+
+def _outputs(program: Program, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return flat_tensors(program(**inputs))
 
 
 def _write(model: Any, file: Path) -> list[Path]:
@@ -109,12 +117,8 @@ def _require_unfolded(file: Path, planned: int) -> int:
 
 def _require_same(program: Program, file: Path, rtol: float | None) -> dict[str, float]:
     runner = OnnxRunner(file)
-
-    def run(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return flat_tensors(program(**inputs))
-
     differences: dict[str, float] = {}
-    for case in make_cases(run, program.example, program.dynamic_shapes):
+    for case in make_cases(partial(_outputs, program), program.example, program.dynamic_shapes):
         try:
             actual = runner(dict(zip(runner.input_names, case.inputs.values(), strict=True)))
         except Exception as error:

@@ -29,9 +29,8 @@ def to_onnx_model(program: Program) -> Any:
     """The `onnx_ir.Model` of ``program``: named inputs, outputs and axes; no metadata; nothing folded.
 
     Raises:
-        ExportError: an input, type or operator that ONNX cannot express.
+        ExportError: an operator that ONNX cannot express.
     """
-    _require_exportable(program)
     with _quiet():
         model = _convert(_export(program)).model
     _name_inputs_and_outputs(model, program)
@@ -41,7 +40,8 @@ def to_onnx_model(program: Program) -> Any:
     return model
 
 
-def _require_exportable(program: Program) -> None:
+def require_exportable(program: Program) -> None:
+    """Raises ExportError where an input or type cannot be expressed in ONNX, or not be checked."""
     for name, value in program.example.items():
         if not isinstance(value, Tensor):
             fix = "trace with tensor inputs only"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from geofx.errors import ConfigError, ExportError, ResourceError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def target_file(path: str | Path, suffix: str) -> Path:
@@ -34,24 +42,49 @@ def target_file(path: str | Path, suffix: str) -> Path:
 
 @contextmanager
 def staging(target: Path, needed_bytes: int) -> Iterator[Path]:
-    """A scratch folder on the target's disk, removed at the end.
+    """A scratch folder on the target's disk, removed at the end, as are those of processes that died.
 
     Raises:
         ResourceError: less than ``needed_bytes`` is free, or the disk became full.
         ExportError: the folder cannot be written.
     """
-    _require_space(target, needed_bytes)
-    folder: Path | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".tmp-{target.stem[:100]}-", dir=target.parent))
-        yield folder
+        _clear_leftovers(target.parent)
+        _require_space(target, needed_bytes)
+        with _scratch(target.parent) as folder:
+            yield folder
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _too_small(target, needed_bytes) from error
         raise ExportError(f"cannot write: {error.strerror or error}", where=target.name) from error
-    finally:
-        if folder is not None:
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A new folder, locked for as long as it exists; the kernel drops the lock of a process that died."""
+    folder = parent / f".tmp-geofx-{secrets.token_hex(8)}.export"
+    with _locked(folder.with_name(folder.name + LOCK)):
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with FileLock(file, timeout=0):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _clear_leftovers(parent: Path) -> None:
+    for lock in parent.glob(f".tmp-geofx-*.export{LOCK}"):
+        with contextlib.suppress(Timeout), _locked(lock):
+            logger.info("an interrupted export is cleared: %s", lock.name)
+            shutil.rmtree(lock.with_name(lock.name.removesuffix(LOCK)), ignore_errors=True)
 
 
 def _require_space(target: Path, needed_bytes: int) -> None:

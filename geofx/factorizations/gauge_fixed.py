@@ -14,14 +14,13 @@ from torch.nn import functional
 from geofx.errors import NumericsError
 from geofx.factorizations.contract import Factors, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
 Rows = Literal["window", "pivoted"]
 
 WINDOWS = 9
-"""Number of evenly spaced row windows that a fit tries."""
+"""Number of evenly spaced row windows that a fit may try, both ends included."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +63,40 @@ class GaugeFixed:
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """B = L_P R and C = L_P̄ L_P^{-1} of the truncation L R.
 
+        A window at either end of the outputs is taken where it is accurate enough, for then y is one
+        concatenation; else the best of the windows between.
+
         Raises:
             NumericsError: no choice of rows keeps the rounding below the truncation error.
         """
         weight = weights[analysis.region.site.weight]
         whole = analysis.truncation
         left, right = whole.left[:, : self.rank].double(), whole.right[: self.rank].double()
-        fitted, factors = (
-            self._fit_window(left, right) if self.rows == "window" else self._fit_pivoted(left, right)
+        rounding = float("inf")
+        for fitted, factors in self._attempts(left, right):
+            cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
+            rounding = _rounding_loss(fitted.to_dense(cast), left @ right, analysis)
+            if rounding <= _tolerable_loss(analysis, self.rank):
+                return fitted, cast
+        raise NumericsError(
+            f"gauge-fixed factors of rank {self.rank} lose {rounding:.2g} by rounding",
+            where=f"{analysis.region.name}, {weight.dtype}",
+            fix="use low_rank here",
         )
-        cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
-        _require_accurate(fitted.to_dense(cast), left @ right, weight, analysis)
-        return fitted, cast
 
-    def _fit_window(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
+    def _attempts(self, left: Tensor, right: Tensor) -> Iterator[tuple[Self, Factors]]:
+        if self.rows == "pivoted":
+            yield self._fit_pivoted(left, right)
+            return
         last = left.shape[0] - self.rank
-        starts = sorted({round(last * step / (WINDOWS - 1)) for step in range(WINDOWS)})
-        mixes = {start: _mix(left, list(range(start, start + self.rank))) for start in starts}
-        start = min(mixes, key=lambda key: float(mixes[key].abs().max()) if mixes[key].numel() else 0.0)
-        basis = left[start : start + self.rank] @ right
-        return replace(self, start=start), {"basis": basis, "mix": mixes[start]}
+        inner = sorted({round(last * step / (WINDOWS - 1)) for step in range(1, WINDOWS - 1)})
+        for starts in ((0, last), inner):
+            mixes = {start: _mix(left, list(range(start, start + self.rank))) for start in starts}
+            start = min(mixes, key=lambda key: float(mixes[key].abs().max()))
+            yield (
+                replace(self, start=start),
+                {"basis": left[start : start + self.rank] @ right, "mix": mixes[start]},
+            )
 
     def _fit_pivoted(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
         _, _, order = scipy.linalg.qr(left.T.numpy(force=True), mode="economic", pivoting=True)
@@ -140,16 +153,13 @@ def _mix(left: Tensor, rows: list[int]) -> Tensor:
     )
 
 
-def _require_accurate(stored: Tensor, exact: Tensor, weight: Tensor, analysis: RegionAnalysis) -> None:
-    """Rounding of the factors must cost less than a hundredth of the truncation, or of one part in 10⁴."""
-    name = analysis.region.site.weight
-    metric = analysis.metrics[name]
-    require_finite(stored, f"gauge-fixed factors of {name}")
-    rounding = metric.loss(stored.double() - exact)
-    truncation = metric.loss(weight.double() - exact)
-    if rounding > max(0.01 * truncation, 1e-8 * metric.loss(weight)):
-        raise NumericsError(
-            f"gauge-fixed factors lose {rounding:.2g} by rounding, truncation {truncation:.2g}",
-            where=f"{name}, {weight.dtype}",
-            fix="use low_rank here",
-        )
+def _rounding_loss(stored: Tensor, exact: Tensor, analysis: RegionAnalysis) -> float:
+    """Loss between the truncation and what its factors multiply out to; infinite where they overflow."""
+    if not torch.isfinite(stored).all():
+        return float("inf")
+    return analysis.metrics[analysis.region.site.weight].loss(stored.double() - exact)
+
+
+def _tolerable_loss(analysis: RegionAnalysis, rank: int) -> float:
+    """A hundredth of what the truncation costs, or one part in 10⁴ of the weight."""
+    return max(0.01 * analysis.spectrum.tail(rank), 1e-8 * analysis.spectrum.total)

@@ -1,0 +1,58 @@
+"""Every snippet of the README, run as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from geofx.cli import app
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if line.startswith("geofx ")
+]
+
+
+def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    names: dict[str, object] = {
+        "model": tiny_models.build("qwen3"),
+        "batches": [tiny_models.example("qwen3", 4, 16, seed) for seed in range(4)],
+        "other_batches": [tiny_models.example("qwen3", 4, 16, 9)],
+        "ids": tiny_models.example("qwen3")["input_ids"],
+    }
+    snippets = [block for language, block in BLOCKS if language == "python"]
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert Path("out/model/geofx.json").is_file()
+    assert Path("out/model.onnx").is_file()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_and_their_options_exist(line: str) -> None:
+    words = shlex.split(re.split(r"\s{3,}", line)[0])
+    shown = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
+    assert shown.exit_code == 0, shown.output
+    for word in words[2:]:
+        if word.startswith("-"):
+            assert word in shown.output
+
+
+def test_the_make_targets_exist() -> None:
+    targets = re.findall(r"^make (\w+)", "\n".join(block for language, block in BLOCKS if not language), re.MULTILINE)
+    assert "demo" in targets
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", rules, re.MULTILINE) for target in targets)
