@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from geofx.analysis import Analysis
 from geofx.api import analyze, optimize_analysis
 from geofx.artifact import weight_file_bytes
 from geofx.batches import Batch
@@ -20,6 +19,7 @@ from geofx.export.onnx_runtime import OnnxRunner, require_onnx
 from geofx.folder import check_target
 from geofx.latency import interleaved_medians
 from geofx.model import OptimizedModel
+from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.report import Report
 from geofx.report_html import report_html
@@ -55,11 +55,8 @@ def run(
             for text, tokens in zip(python_text(), (CALIBRATION_TOKENS, HELDOUT_TOKENS), strict=True)
         )
     progress("load", 1, 1)
-    analysis = analyze(
-        source.model, calibration, holdout=heldout, progress=progress, files=tokenizer_files(source.tokenizer)
-    )
-    result = optimize_analysis(analysis, BUDGET)
-    result = dataclasses.replace(result, report=_measured(analysis, result, source, folder, stages, progress))
+    original, result = _optimized(source, calibration, heldout, progress)
+    result = dataclasses.replace(result, report=_measured(original, result, source, folder, stages, progress))
     with stages("save"):
         result.save(folder / MODEL, overwrite=True)
     size = weight_file_bytes(folder / MODEL)
@@ -72,8 +69,17 @@ def _batches(source: Source, text: str, tokens: int) -> list[Batch]:
     return list(windows(text, source.tokenizer, length=WINDOW, batch_size=2, limit_tokens=tokens))
 
 
+def _optimized(
+    source: Source, calibration: list[Batch], heldout: list[Batch], progress: Progress
+) -> tuple[Program, OptimizedModel]:
+    """The graph as traced and the result; moments and truncations, larger than the model, end here."""
+    files = tokenizer_files(source.tokenizer)
+    analysis = analyze(source.model, calibration, holdout=heldout, progress=progress, files=files)
+    return analysis.original, optimize_analysis(analysis, BUDGET)
+
+
 def _measured(
-    analysis: Analysis,
+    original: Program,
     result: OptimizedModel,
     source: Source,
     folder: Path,
@@ -82,16 +88,16 @@ def _measured(
 ) -> Report:
     """The result's report with what its exports weigh and how long calls take."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        original = Path(temporary) / ONNX
+        file = Path(temporary) / ONNX
         progress("export", 0, 2)
         with stages("export the original"):
-            before = to_onnx(analysis.original, original)
+            before = to_onnx(original, file)
         progress("export", 1, 2)
         with stages("export"):
             after = result.to_onnx(folder / ONNX)
         progress("export", 2, 2)
         with stages("measure latency"):
-            seconds = _latencies(analysis, result, original, folder / ONNX, progress)
+            seconds = _latencies((original, result), (OnnxRunner(file), OnnxRunner(folder / ONNX)), progress)
     report = dataclasses.replace(
         result.report,
         model=source.description,
@@ -104,15 +110,15 @@ def _measured(
 
 
 def _latencies(
-    analysis: Analysis, result: OptimizedModel, original: Path, optimized: Path, progress: Progress
+    models: tuple[Program, OptimizedModel], runners: tuple[OnnxRunner, OnnxRunner], progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Median seconds of one row of tokens, the four calls in turns."""
     ids = torch.arange(LATENCY_TOKENS).reshape(1, -1) + 3
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    before, after = OnnxRunner(original), OnnxRunner(optimized)
+    (original, optimized), (before, after) = models, runners
     calls: dict[str, Callable[[], object]] = {
-        "original": lambda: analysis.original(**inputs),
-        "optimized": lambda: result(**inputs),
+        "original": lambda: original(**inputs),
+        "optimized": lambda: optimized(**inputs),
         "original in ONNX Runtime": lambda: before(inputs),
         "optimized in ONNX Runtime": lambda: after(inputs),
     }
