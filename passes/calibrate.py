@@ -106,7 +106,10 @@ class Recorder(fx.Interpreter):
         self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
-            output = self.run(*inputs.values())
+            try:
+                output = self.run(*inputs.values())
+            finally:
+                self.env = {}  # its values' hooks hold this object: autograd would keep both for ever
             self._require_finite("output", *flat_tensors(output))
             if self.with_gradients:
                 seed, terms = self.objective.gradient_seed(output, batch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -280,3 +282,12 @@ def test_row_22_batches_of_other_lengths_are_taken() -> None:
     assert analysis.moments.loss_terms == sum(
         b["input_ids"].shape[0] * (b["input_ids"].shape[1] - 1) for b in batches
     )
+
+
+def test_nothing_of_a_calibration_stays_in_memory() -> None:
+    _, program = program_of("llama")
+    calibrate(program, [tiny_models.example("llama")], NextToken())
+    kept = weakref.ref(program)
+    del program
+    gc.collect()
+    assert kept() is None, "hooks and the values that they hang on keep each other alive"
