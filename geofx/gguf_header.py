@@ -6,8 +6,10 @@ import importlib
 import math
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from geofx.errors import ArtifactCorruptError, MissingDependencyError
 
@@ -20,20 +22,24 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
 
-def require_sound_gguf(path: Path) -> None:
-    """Walk the header without reading any weight; time and memory are bounded by the header's length.
+def require_sound_gguf(path: Path) -> str:
+    """The type that most weights are stored in, such as ``Q4_1``, by a walk over the header.
+
+    No weight is read; time and memory are bounded by the header's length.
 
     Raises:
         ArtifactCorruptError: not GGUF, truncated, or a count, length or offset that cannot be.
         MissingDependencyError: the package gguf is not installed.
     """
-    sizes = _block_sizes()
+    gguf = _gguf()
+    sizes = {int(kind): block for kind, block in gguf.GGML_QUANT_SIZES.items()}
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check(_Cursor(data, len(data)), sizes)
+            elements = _check(_Cursor(data, len(data)), sizes)
     except (ValueError, struct.error) as error:
         what = f"a damaged or truncated GGUF file: {error}"
         raise ArtifactCorruptError(what, where=path.name, fix="fetch the file anew") from error
+    return str(gguf.GGMLQuantizationType(max(elements, key=elements.__getitem__)).name)
 
 
 @dataclass
@@ -67,7 +73,8 @@ class _Cursor:
         return self.skip(self.number("Q"))
 
 
-def _check(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
+def _check(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> Counter[int]:
+    """Type number -> elements of that type."""
     if cursor.skip(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("I")
@@ -77,10 +84,12 @@ def _check(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
     alignment = _alignment(cursor, pairs)
     if tensors == 0:
         raise ValueError("it holds no tensors")
-    ends = [_tensor_end(cursor, sizes) for _ in range(tensors)]
+    elements: Counter[int] = Counter()
+    end = max(_tensor_end(cursor, sizes, elements) for _ in range(tensors))
     start = -(-cursor.position // alignment) * alignment
-    if start + max(ends) > cursor.size:
-        raise ValueError(f"weights end at {start + max(ends)}, the file at {cursor.size}")
+    if start + end > cursor.size:
+        raise ValueError(f"weights end at {start + end}, the file at {cursor.size}")
+    return elements
 
 
 def _alignment(cursor: _Cursor, pairs: int) -> int:
@@ -118,8 +127,8 @@ def _skip_array(cursor: _Cursor) -> None:
         raise ValueError(f"an array of type {kind} at {cursor.position}")
 
 
-def _tensor_end(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> int:
-    """Offset of the first byte behind a tensor, from where the weights begin."""
+def _tensor_end(cursor: _Cursor, sizes: dict[int, tuple[int, int]], counted: Counter[int]) -> int:
+    """Offset of the first byte behind a tensor, from where the weights begin; its elements are counted."""
     name, rank = cursor.text(), cursor.number("I")
     if not 1 <= rank <= MAX_DIMS:
         raise ValueError(f"a tensor of {rank} dimensions")
@@ -127,13 +136,12 @@ def _tensor_end(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> int:
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in sizes or elements % sizes[kind][0]:
         raise ValueError(f"tensor {name!r} of {elements} elements has no type {kind}")
+    counted[kind] += elements
     return offset + elements // sizes[kind][0] * sizes[kind][1]
 
 
-def _block_sizes() -> dict[int, tuple[int, int]]:
-    """Type number -> (elements of a block, bytes of a block)."""
+def _gguf() -> ModuleType:
     try:
-        gguf = importlib.import_module("gguf")
+        return importlib.import_module("gguf")
     except ImportError as error:
         raise MissingDependencyError("gguf is not installed", fix='pip install "geofx[hf]"') from error
-    return {int(kind): block for kind, block in gguf.GGML_QUANT_SIZES.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,9 +31,10 @@ class OptimizedModel:
         report: original against optimized, as figures.
         fidelity: measured on held-out data; None where there was none.
         rewrites: weight name -> the format as fitted and its factors.
-        module: the user's own module, never changed; None after `load` of a model that geofx cannot rebuild.
+        module: the user's own module, never changed; what was not rewritten is shared with it. None after `load`.
         config: the Hugging Face configuration, if the model had one.
         files: further files that `save` keeps, such as the tokenizer's.
+        rebuild: makes ``module`` anew where it is None; None where geofx does not know its class.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class OptimizedModel:
     module: nn.Module | None = None
     config: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
+    rebuild: Callable[[], nn.Module] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewritten graph; takes what the model took and returns what it returned."""
@@ -85,13 +87,14 @@ class OptimizedModel:
         """A copy of the user's own module with factorized layers in place of the rewritten ones.
 
         Raises:
-            ConfigError: a weight's owner is not a linear layer, or the module is not known.
+            ConfigError: a weight's owner is not a linear layer, or the module is not known or cannot be made.
         """
-        if self.module is None:
+        module = self.rebuild() if self.module is None and self.rebuild is not None else self.module
+        if module is None:
             raise ConfigError(
                 "the model's own class is not known here", fix="geofx.load(path, module=your_model)"
             )
-        return factorize_module(self.module, self.rewrites, self.program.aliases)
+        return factorize_module(module, self.rewrites, self.program.aliases)
 
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""

@@ -21,7 +21,7 @@ class Measured:
     """The figures of one model; None where a figure was not taken.
 
     Attributes:
-        size_bytes: bytes of the weight files on disk.
+        size_bytes: bytes of all tensors in memory, tied weights once; what a size budget counts.
         parameters: floating-point numbers of the whole model, tied weights once.
         linear_parameters: those of the matmuls that can be factorized.
         flops_per_token: of the matmuls; a multiply-add is 2.
@@ -29,6 +29,7 @@ class Measured:
         latency_torch_s: median seconds of one call in torch.
         latency_onnx_s: median seconds of one call in ONNX Runtime.
         onnx_bytes: bytes of the exported ONNX files.
+        disk_bytes: bytes of the safetensors file that `save` writes, for the original as for the result.
     """
 
     size_bytes: int | None = None
@@ -39,6 +40,7 @@ class Measured:
     latency_torch_s: float | None = None
     latency_onnx_s: float | None = None
     onnx_bytes: int | None = None
+    disk_bytes: int | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -103,7 +105,7 @@ class Report:
         budget: what was asked, in words.
         counting: the rule by which the budget was counted, in words.
         predicted_loss: sum over regions, in the calibration card's unit.
-        fidelity: figures of `geofx.verify.Fidelity` by name.
+        fidelity: figures of `geofx.verify.Fidelity` by name, and their ``unit``.
         notes: fallbacks and warnings that a reader should know of.
     """
 
@@ -113,7 +115,7 @@ class Report:
     original: Measured
     optimized: Measured
     predicted_loss: float | None = None
-    fidelity: Mapping[str, float | int | None] = field(default_factory=dict)
+    fidelity: Mapping[str, float | int | str | None] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     calibration: CalibrationCard | None = None
     regions: tuple[RegionRow, ...] = ()
@@ -125,7 +127,12 @@ class Report:
     @property
     def measured_loss(self) -> float | None:
         """Increase of the loss on the held-out batches."""
-        return self.fidelity.get("loss_increase")
+        return self.figure("loss_increase")
+
+    def figure(self, name: str) -> float | None:
+        """One number of ``fidelity``; None where it was not taken."""
+        value = self.fidelity.get(name)
+        return None if isinstance(value, str) else value
 
     def with_measured(self, *, original: Mapping[str, Any], optimized: Mapping[str, Any]) -> Report:
         """The same report with further figures, by the names of `Measured`."""

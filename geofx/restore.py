@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.errors import ArtifactMismatchError
+from geofx.errors import ArtifactCorruptError, ArtifactMismatchError, ConfigError
 from geofx.factorizations import Factorization, Factors
 from geofx.model import OptimizedModel
 from geofx.passes.lower import factor_name
@@ -28,7 +27,7 @@ def load(path: str | Path, *, module: nn.Module | None = None) -> OptimizedModel
     Args:
         path: the folder.
         module: the original model, for `to_module` and TorchScript; Hugging Face models are rebuilt
-            from their configuration when it is left out.
+            from their configuration when it is left out, but not before they are asked for.
 
     Raises:
         ArtifactError: damaged, incomplete, newer, or not a geofx folder; nothing partial is returned.
@@ -36,8 +35,7 @@ def load(path: str | Path, *, module: nn.Module | None = None) -> OptimizedModel
     saved = artifact.load(path)
     plan = Plan.from_json(saved.plan_json)
     rewrites = rewrites_of(saved.program, plan)
-    if module is None and saved.config is not None:
-        module = _rebuilt(saved.config, saved.program, rewrites)
+    rebuild = None if saved.config is None else partial(_rebuilt, saved.config, saved.program, rewrites)
     report = Report.from_json(saved.report_json)
     return OptimizedModel(
         program=saved.program,
@@ -46,6 +44,7 @@ def load(path: str | Path, *, module: nn.Module | None = None) -> OptimizedModel
         fidelity=_fidelity(report),
         rewrites=rewrites,
         module=module,
+        rebuild=rebuild,
         config=saved.config,
         files=saved.files,
     )
@@ -78,29 +77,60 @@ def rewrites_of(program: Program, plan: Plan) -> dict[str, tuple[Factorization, 
 
 def _rebuilt(
     config: Mapping[str, Any], program: Program, rewrites: Mapping[str, tuple[Factorization, Factors]]
-) -> nn.Module | None:
-    """The Hugging Face model of this configuration with the graph's weights; None unless every one is known.
+) -> nn.Module:
+    """The Hugging Face model of this configuration with the graph's parameters and buffers.
 
-    Weights that were rewritten are left as they come: `to_module` replaces their layers.
+    Weights that were rewritten stay as they come: `to_module` replaces their layers. Buffers that the graph
+    does not read are the constructor's, unless the model would store them.
+
+    Raises:
+        ConfigError: the model cannot be made, or has a tensor that the graph does not hold.
     """
     model = module_from_config(config)
-    if model is None:
-        return None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            with suppress(KeyError):
-                parameter.copy_(program.weight(name))
-                continue
-            if program.aliases.get(name, name) not in rewrites:
-                return None
+    trained = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = _value(name, tensor, program, rewrites)
+        if value is None and name not in trained:
+            continue
+        if value is None or value.shape != tensor.shape:
+            what = f"the graph does not hold {name!r} of shape {tuple(tensor.shape)}"
+            raise ConfigError(what, where=type(model).__name__, fix="geofx.load(path, module=your_model)")
+        tensor.data = value.detach()
+        tensor.requires_grad_(value.requires_grad)
     return model.eval()
 
 
-def _fidelity(report: Report) -> Fidelity | None:
-    values = dict(report.fidelity)
-    if not values:
+def _value(
+    name: str,
+    tensor: Tensor,
+    program: Program,
+    rewrites: Mapping[str, tuple[Factorization, Factors]],
+) -> Tensor | None:
+    """The graph's tensor of this name; of a rewritten weight ``tensor`` itself, in its factors' type."""
+    try:
+        return program.weight(name)
+    except KeyError:
+        rewritten = rewrites.get(program.aliases.get(name, name))
+    if rewritten is None:
         return None
+    like = next(part for part in rewritten[1].values() if part.is_floating_point())
+    return tensor.detach().to(like.dtype).requires_grad_(like.requires_grad)
+
+
+def _fidelity(report: Report) -> Fidelity | None:
+    """The figures of the report as they were measured; what is infinite is null in a report.
+
+    Raises:
+        ArtifactCorruptError: they are not those of a Fidelity.
+    """
+    if not report.fidelity:
+        return None
+    values: dict[str, Any] = dict(report.fidelity)
     if values.get("sqnr_db") is None:
         values["sqnr_db"] = float("inf")
-    unit = report.calibration.unit if report.calibration is not None else ""
-    return Fidelity(**values, unit=unit)  # type: ignore[arg-type]
+    try:
+        return Fidelity(**values)
+    except TypeError as error:
+        raise ArtifactCorruptError(
+            f"not a fidelity: {error}", where="report.json", fix="save again"
+        ) from error

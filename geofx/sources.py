@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from geofx.errors import ArtifactError, ConfigError, MissingDependencyError
+from geofx.artifact import check_file_name
+from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError
 from geofx.gguf_header import require_sound_gguf
 
 logger = logging.getLogger(__name__)
@@ -49,12 +50,14 @@ class Source:
         tokenizer: None where the source has none.
         description: what it is, without any path.
         config: the model's configuration as JSON types, None where it has none.
+        note: what a reader of figures must know of it, such as that it was quantized; may be empty.
     """
 
     model: nn.Module
     tokenizer: Any | None
     description: str
     config: Mapping[str, Any] | None = None
+    note: str = ""
 
     @property
     def vocabulary(self) -> int | None:
@@ -115,10 +118,20 @@ PACKAGED = {"smollm2": smollm2, "minilm": minilm}
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The files that `load_tokenizer` needs, by name, for storing beside a model."""
+    """The files that `load_tokenizer` needs, by name, for storing beside a model.
+
+    Raises:
+        ArtifactError: one of them could not be saved with a model, such as code.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+        found = sorted(Path(folder).iterdir())
+        for path in found:
+            if path.is_dir():
+                logger.warning("the tokenizer's folder %s is not stored", path.name)
+            else:
+                check_file_name(path.name)
+        return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -131,17 +144,23 @@ def load_tokenizer(folder: Path) -> Any | None:
         )
 
 
-def module_from_config(config: Mapping[str, Any]) -> nn.Module | None:
-    """A model of this configuration, weights yet to be filled in; None without transformers or its class."""
-    try:
-        transformers = _transformers()
-        kind = transformers.CONFIG_MAPPING[str(config.get("model_type"))]
-    except (MissingDependencyError, KeyError):
-        return None
-    parsed = kind.from_dict({name: value for name, value in config.items() if not name.startswith("_")})
-    auto = getattr(transformers, _auto_class(parsed))
-    model = auto.from_config(parsed, trust_remote_code=False)
-    return model if type(model).__name__ in (parsed.architectures or ()) else None
+def module_from_config(config: Mapping[str, Any]) -> nn.Module:
+    """A model of this configuration on the CPU, its weights yet to be filled in; no random state is used up.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        ConfigError: transformers has no such class, or cannot make it of this configuration.
+    """
+    transformers = _transformers()
+    saved_as, model_type = (config.get("architectures") or [None])[0], config.get("model_type")
+    with _plain_errors(str(saved_as), ""), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        kind = transformers.CONFIG_MAPPING[str(model_type)]
+        parsed = kind.from_dict({name: value for name, value in config.items() if not name.startswith("_")})
+        _refuse_foreign_kernels(parsed, str(saved_as))
+        model = getattr(transformers, _auto_class(parsed)).from_config(parsed, trust_remote_code=False)
+    if not isinstance(model, nn.Module) or type(model).__name__ != saved_as:
+        raise ConfigError(f"transformers makes no {saved_as} of this configuration", where=f"{model_type}")
+    return model
 
 
 def _packaged_file(distribution: str, name: str, install: str) -> Path:
@@ -155,25 +174,42 @@ def _packaged_file(distribution: str, name: str, install: str) -> Path:
     return Path(str(found.locate()))
 
 
-def load_callable(name: str) -> Callable[[], Any]:
-    """The function that ``module:function`` names; the module is looked for in the working folder too.
+def call_named(name: str) -> Any:
+    """What the function that ``module:function`` names returns; the working folder is looked in too.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such function, or it raised.
     """
+    function = _callable(name)
+    try:
+        return function()
+    except GeofxError:
+        raise
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _callable(name: str) -> Callable[[], Any]:
     module_name, _, attribute = name.partition(":")
     try:
         with _working_directory_importable():
             found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot import {name!r}: {error}", fix="give module:function") from error
+    except Exception as error:
+        raise _failed(module_name, error) from error
     if not callable(found):
         raise ConfigError(f"{name!r} is {type(found).__name__}", fix="give module:function")
     return cast("Callable[[], Any]", found)
 
 
+def _failed(name: str, error: Exception) -> ConfigError:
+    what = f"{name} raised {type(error).__name__}: {_first_line(error, '')}"
+    return ConfigError(what, where=name, fix="mend it; --verbose shows where it failed")
+
+
 def _load_factory(name: str) -> Source:
-    made = load_callable(name)()
+    made = call_named(name)
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned {type(model).__name__}", fix="return a torch.nn.Module")
@@ -193,10 +229,13 @@ def _working_directory_importable() -> Iterator[None]:
 
 def _load_gguf(path: Path) -> Source:
     transformers = _transformers()
-    require_sound_gguf(path)
+    stored_as = require_sound_gguf(path)
     dequantize = transformers.GgufConfig(dequantize=True)
     settings = {"gguf_file": path.name, "quantization_config": dequantize, "dtype": torch.float32}
-    return _from_pretrained(str(path.parent), path.stem, **settings)
+    source = _from_pretrained(str(path.parent), path.stem, **settings)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    note = f"the original is the float32 expansion of a {stored_as} GGUF file of {size}"
+    return source if stored_as == "F32" else replace(source, note=note)
 
 
 def _load_folder(path: Path) -> Source:
@@ -258,12 +297,14 @@ def _auto_class(config: Any) -> str:
 
 
 def _refuse_foreign_kernels(config: Any, description: str) -> None:
-    kernel = str(getattr(config, "_attn_implementation", None) or "")
-    if "/" in kernel:
-        fix = "remove it from config.json"
-        raise ConfigError(
-            f"the configuration asks for a kernel from the hub: {kernel!r}", where=description, fix=fix
-        )
+    """Raises ConfigError if the configuration, or one inside it, names a kernel from the hub: code to run."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        kernel = str(getattr(config, name, None) or "")
+        if "/" in kernel:
+            what = f"the configuration asks for a kernel from the hub: {kernel!r}"
+            raise ConfigError(what, where=description, fix="remove it from config.json")
+    for name in getattr(config, "sub_configs", {}):
+        _refuse_foreign_kernels(getattr(config, name, None), description)
 
 
 def _tokenizer_of(transformers: ModuleType, place: str, settings: Mapping[str, Any]) -> Any | None:
@@ -289,6 +330,8 @@ def _plain_errors(description: str, place: str) -> Iterator[None]:
     """What transformers raises, as one plain line without the path, with what to do."""
     try:
         yield
+    except GeofxError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             _first_line(error, place), where=description, fix='pip install "geofx[hf]"'
@@ -300,7 +343,7 @@ def _plain_errors(description: str, place: str) -> Iterator[None]:
         raise ArtifactError(
             f"cannot load the model: {_first_line(error, place)}", where=description, fix=fix
         ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a configuration from a file makes transformers fail in any way
         fix = "give a model that this version of transformers knows, without code of its own"
         raise ConfigError(
             f"cannot load the model: {_first_line(error, place)}", where=description, fix=fix
@@ -309,4 +352,4 @@ def _plain_errors(description: str, place: str) -> Iterator[None]:
 
 def _first_line(error: BaseException, place: str) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.replace(place, Path(place).name)
+    return text.replace(place, Path(place).name) if place else text
