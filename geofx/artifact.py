@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from geofx import strict_json
 from geofx.environment import version_of
 from geofx.errors import ArtifactCorruptError, ArtifactError, ArtifactVersionError
+from geofx.export.staging import staging
 from geofx.folder import MANIFEST, Content, check_target, real_folder, write_folder
 from geofx.graph_json import graph_from_json, graph_tensors, graph_to_json
 from geofx.program import Program
+from geofx.stand_in import with_stand_in
 from geofx.tensor_file import describe, read_tensors, require_finite, storable, write_tensors
 
 SCHEMA_VERSION = 1
@@ -32,7 +34,8 @@ GRAPH, PLAN, REPORT, WEIGHTS, CONFIG = (
 _OWN = (MANIFEST, GRAPH, PLAN, REPORT, WEIGHTS, CONFIG)
 _REQUIRED = frozenset((GRAPH, PLAN, REPORT, WEIGHTS))
 _EXTRA_NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_+-]*(\.[A-Za-z0-9_+-]+)*\.(json|txt|model|jinja|md|bpe|tiktoken)"
+    r"[A-Za-z0-9][A-Za-z0-9_+-]*(\.[A-Za-z0-9_+-]+)*"
+    r"\.(json|txt|model|jinja|md|bpe|tiktoken|spm|vocab|codes|tokenizer)"
 )
 # transformers follows adapter_config.json to another model's weights.
 _RESERVED = frozenset((*_OWN, "adapter_config.json"))
@@ -45,7 +48,7 @@ class Artifact:
     """What a saved folder holds.
 
     Attributes:
-        program: the graph with its weights and example.
+        program: the graph with its weights and a stand-in for its example.
         plan_json: text of plan.json, not yet validated.
         report_json: text of report.json, not yet validated.
         config: the model's Hugging Face configuration, if it had one.
@@ -78,6 +81,8 @@ def save(
 ) -> Path:
     """Write the folder ``path``; the same result gives the same bytes.
 
+    The example is replaced by a stand-in of the same shapes: no data that the model was traced on is kept.
+
     Args:
         path: the folder; its parent must exist.
         program: the graph and its weights.
@@ -94,7 +99,8 @@ def save(
     """
     check_target(path, overwrite=overwrite)
     for name in extra or {}:
-        _check_extra(name)
+        check_file_name(name)
+    program = with_stand_in(program)
     tensors = storable(graph_tensors(program))
     _require_finite(program, tensors)
     known = _documents(program, plan_json, report, config) | dict(extra or {})
@@ -130,9 +136,26 @@ def load(path: str | Path) -> Artifact:
     )
 
 
-def weight_file_bytes(path: str | Path) -> int:
-    """Bytes on disk of the weights in the saved folder ``path``."""
-    return (real_folder(path) / WEIGHTS).stat().st_size
+def bytes_on_disk(program: Program, near: Path) -> int:
+    """Bytes of the weights file that `save` writes for ``program``, written beside ``near`` and removed.
+
+    Raises:
+        ResourceError: the disk is too small.
+        ArtifactError: the graph holds what a file cannot.
+    """
+    tensors = storable(graph_tensors(with_stand_in(program)))
+    with staging(near, sum(tensor.nbytes for tensor in tensors.values())) as folder:
+        write_tensors(folder / WEIGHTS, tensors)
+        return (folder / WEIGHTS).stat().st_size
+
+
+def check_file_name(name: str) -> None:
+    """Raises ArtifactError unless `save` keeps a further file of this name: plain, and no code."""
+    if not _EXTRA_NAME.fullmatch(name) or len(name) > 128 or name.lower() in _RESERVED:
+        what = f"{name[:200]!r} cannot be the name of a further file"
+        raise ArtifactError(
+            what, where=name[:200], fix="pass plain names of data files, such as tokenizer.json"
+        )
 
 
 # --- writing
@@ -202,14 +225,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _check_extra(name: str) -> None:
-    if not _EXTRA_NAME.fullmatch(name) or len(name) > 128 or name.lower() in _RESERVED:
-        what = f"{name[:200]!r} cannot be the name of a further file"
-        raise ArtifactError(
-            what, where=name[:200], fix="pass plain names of text files, such as tokenizer.json"
-        )
-
-
 # --- reading
 
 
@@ -253,7 +268,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 def _check_listed(name: str) -> None:
     try:
-        _check_extra(name)
+        check_file_name(name)
     except ArtifactError as error:
         raise ValueError(str(error)) from error
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from geofx.api import analyze, optimize_analysis
-from geofx.artifact import weight_file_bytes
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.export.onnx import to_onnx
 from geofx.export.onnx_runtime import OnnxRunner, require_onnx
-from geofx.folder import check_target
+from geofx.folder import check_target, write_file
 from geofx.latency import interleaved_medians
 from geofx.model import OptimizedModel
 from geofx.program import Program
@@ -25,6 +24,7 @@ from geofx.report import Report
 from geofx.report_html import report_html
 from geofx.sources import Source, smollm2, tokenizer_files
 from geofx.stages import Stages
+from geofx.summary import with_source
 from geofx.text import python_text, windows
 
 FOLDER = Path("out/demo")
@@ -59,10 +59,8 @@ def run(
     result = dataclasses.replace(result, report=_measured(original, result, source, folder, stages, progress))
     with stages("save"):
         result.save(folder / MODEL, overwrite=True)
-    size = weight_file_bytes(folder / MODEL)
-    report = result.report.with_measured(original={}, optimized={"size_bytes": size})
-    (folder / REPORT).write_text(report_html(report), encoding="utf-8")
-    return report
+    write_file(folder / REPORT, report_html(result.report))
+    return result.report
 
 
 def _batches(source: Source, text: str, tokens: int) -> list[Batch]:
@@ -99,11 +97,9 @@ def _measured(
         with stages("measure latency"):
             seconds = _latencies((original, result), (OnnxRunner(file), OnnxRunner(folder / ONNX)), progress)
     report = dataclasses.replace(
-        result.report,
-        model=source.description,
-        stages=(*stages.done[:1], *result.report.stages, *stages.done[1:]),
+        result.report, stages=(*stages.done[:1], *result.report.stages, *stages.done[1:])
     )
-    return report.with_measured(
+    return with_source(report, source, original, result.program, folder / MODEL).with_measured(
         original={**seconds["original"], "onnx_bytes": before.size_bytes},
         optimized={**seconds["optimized"], "onnx_bytes": after.size_bytes},
     )

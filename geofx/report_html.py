@@ -50,7 +50,7 @@ def _headline(report: Report) -> list[tuple[str, str, str]]:
             and row.change
         ):
             found.append((row.change, row.label, f"{row.original} → {row.optimized}"))
-    agreement = report.fidelity.get("top1_agreement")
+    agreement = report.figure("top1_agreement")
     if agreement is not None:
         found.append((in_percent(agreement), "Top-1 agreement", "same most likely next token"))
     return found

@@ -84,6 +84,7 @@ FIGURES: tuple[tuple[str, str, Format], ...] = (
     ("All parameters", "parameters", in_count),
     ("Linear parameters", "linear_parameters", in_count),
     ("Flops per token", "flops_per_token", in_count),
+    ("Bytes on disk", "disk_bytes", in_bytes),
     ("Bytes as ONNX", "onnx_bytes", in_bytes),
     ("Loss, held-out", "loss", in_loss),
     ("Perplexity, held-out", "perplexity", "{:.2f}".format),
@@ -109,15 +110,15 @@ def _change(name: str, before: float | None, after: float | None) -> str:
 
 
 def _predicts_tokens(report: Report) -> bool:
-    return report.fidelity.get("kl") is not None
+    return report.figure("kl") is not None
 
 
 def _differences(report: Report) -> Iterator[Row]:
     unit = f", {report.calibration.unit}" if report.calibration else ""
     shown: tuple[tuple[str, float | None, Format], ...] = (
-        ("KL(original ‖ optimized), nats", report.fidelity.get("kl"), in_loss),
-        ("Top-1 agreement", report.fidelity.get("top1_agreement"), in_percent),
-        ("Relative L2 of the outputs", report.fidelity.get("relative_l2"), in_loss),
+        ("KL(original ‖ optimized), nats", report.figure("kl"), in_loss),
+        ("Top-1 agreement", report.figure("top1_agreement"), in_percent),
+        ("Relative L2 of the outputs", report.figure("relative_l2"), in_loss),
         (f"Predicted loss{unit}", report.predicted_loss, in_loss),
         ("Measured loss increase", report.measured_loss, in_loss),
     )

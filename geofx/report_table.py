@@ -39,9 +39,8 @@ def region_table(report: Report, most: int) -> Table:
     """The rewritten regions with the largest predicted loss."""
     rewritten = [row for row in report.regions if row.factorization != "dense"]
     dearest = sorted(rewritten, key=lambda row: row.loss or 0.0, reverse=True)[:most]
-    table = _table(
-        "region", "form", "rank", "kept", "predicted loss", "sensitivity", "effective rank", "rank for 99 %"
-    )
+    table = _table("region", "form", "rank", "kept", "predicted loss", "sensitivity", "rank for 99 %")
+    table.columns[1].no_wrap = True
     table.title = f"{len(rewritten)} of {len(report.regions)} regions rewritten; the {len(dearest)} dearest"
     for row in dearest:
         rank = "" if row.rank is None else str(row.rank)
@@ -53,7 +52,6 @@ def region_table(report: Report, most: int) -> Table:
             in_percent(row.kept_ratio),
             loss,
             "" if row.sensitivity is None else in_loss(row.sensitivity),
-            "" if row.effective_rank is None else f"{row.effective_rank:.0f}",
             "" if row.rank_99 is None else str(row.rank_99),
         )
     return table

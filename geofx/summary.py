@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geofx.artifact import bytes_on_disk
 from geofx.choice import Choice
 from geofx.plan import Plan
 from geofx.program import Program
 from geofx.report import CalibrationCard, Measured, RegionRow, Report
+from geofx.sources import Source
 from geofx.spectrum import Spectrum
 from geofx.verify import Fidelity
 
@@ -47,7 +50,7 @@ def summarize(analysis: Analysis, plan: Plan, program: Program, fidelity: Fideli
             loss=fidelity.loss_optimized if fidelity else None,
         ),
         predicted_loss=plan.loss,
-        fidelity={key: value for key, value in asdict(fidelity).items() if key != "unit"} if fidelity else {},
+        fidelity=asdict(fidelity) if fidelity else {},
         stages=tuple(analysis.stages.done),
         calibration=CalibrationCard(
             moments.mode,
@@ -57,8 +60,28 @@ def summarize(analysis: Analysis, plan: Plan, program: Program, fidelity: Fideli
             dict(moments.dropped),
         ),
         regions=tuple(_rows(analysis, plan)),
-        notes=tuple(f"{skip.weight}: {skip.reason}: {skip.detail}" for skip in analysis.skips),
+        notes=tuple(_notes(analysis)),
     )
+
+
+def with_source(report: Report, source: Source, original: Program, optimized: Program, near: Path) -> Report:
+    """``report`` with the source's name and note, and the bytes on disk of both, measured beside ``near``.
+
+    Raises:
+        ResourceError: the disk is too small.
+    """
+    named = replace(report, model=source.description, notes=(*filter(None, [source.note]), *report.notes))
+    return named.with_measured(
+        original={"disk_bytes": bytes_on_disk(original, near)},
+        optimized={"disk_bytes": bytes_on_disk(optimized, near)},
+    )
+
+
+def _notes(analysis: Analysis) -> Iterator[str]:
+    if getattr(analysis, "holdout_is_calibration", False):
+        yield "held-out batches are calibration batches: what is measured on them looks better than it is"
+    for skip in analysis.skips:
+        yield f"{skip.weight}: {skip.reason}: {skip.detail}"
 
 
 def _rows(analysis: Analysis, plan: Plan) -> Iterable[RegionRow]:

@@ -22,7 +22,8 @@ LAYERS = (
     "geofx.analysis geofx.analysis_store geofx.summary",
     "geofx.model geofx.sources geofx.text geofx.gguf_header",
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
-    "geofx.artifact geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops geofx.tensor_file",
+    "geofx.artifact geofx.stand_in geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops "
+    "geofx.tensor_file",
     "geofx.verify geofx.export geofx.factorized_module",
     "geofx.passes",
     "geofx.objective",
