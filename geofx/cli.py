@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ from geofx.report_table import report_tables
 logger = logging.getLogger(__name__)
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug in geofx; 2 a wrong option, model, pattern or plan, or a missing package; "
     "3 the budget cannot be met; 4 unusable text or data; 5 values that are not finite; "
@@ -49,15 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     set_up_streams(verbose=False)
     try:
-        code = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-    except GeofxError as error:
-        show_error(error)
-        return error.exit_code
-    except MemoryError:
-        show_error(
-            ResourceError("out of memory", fix="use a smaller model, fewer --tokens or a shorter --length")
-        )
-        return ResourceError.exit_code
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(given, prog_name="geofx", standalone_mode=False)
+    except (GeofxError, MemoryError) as error:
+        return _failed(error)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
@@ -65,10 +62,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        return _other(error)
+        return _failed(error) if _out_of_memory(error) else _other(error)
     if code == INTERRUPTED:
         sys.stderr.write("interrupted\n")
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: BaseException) -> int:
+    logger.debug("the command failed", exc_info=error)
+    if not isinstance(error, GeofxError) or _out_of_memory(error):
+        fix = "use a smaller model, fewer --tokens or a shorter --length"
+        error = ResourceError("out of memory", fix=fix)
+    show_error(error)
+    return error.exit_code
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out in ``error`` or in what caused it; torch says so in words only."""
+    while error is not None:
+        words = str(error)
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if known or (isinstance(error, RuntimeError) and any(text in words for text in OUT_OF_MEMORY)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _other(error: Exception) -> int:

@@ -13,13 +13,13 @@ from geofx import cli_options as options
 from geofx.analysis import Analysis
 from geofx.api import analyze, load_analysis, optimize_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
-from geofx.errors import ConfigError
-from geofx.folder import check_target
+from geofx.folder import check_files, check_target, write_file
 from geofx.model import OptimizedModel
 from geofx.plan import Plan
 from geofx.report_html import report_html
 from geofx.report_table import report_tables
 from geofx.sources import Source, load_source, tokenizer_files
+from geofx.summary import with_source
 
 PLAN_FILE = Path("plan.json")
 
@@ -52,6 +52,7 @@ def optimize(
     """Compress MODEL to a budget, verify it on held-out data and save it in OUT."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
     check_target(output, overwrite=overwrite)
+    check_files(html)
     options.check_data(text, data, holdout, needed=mode != "data_free")
     with working() as progress:
         with progress.step("load"):
@@ -59,10 +60,7 @@ def optimize(
         options.check_patterns(source, include, ignore)
         analysis = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
         result = optimize_analysis(analysis, budget, include=include, ignore=ignore or ())
-        result = _named(result, source)
-        with progress.step("save"):
-            result.save(output, overwrite=overwrite)
-        _write_html(result, html)
+        result = _saved(result, analysis, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 
 
@@ -94,8 +92,9 @@ def plan(
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
     kept = analysis is not None and analysis.exists()
-    if not dry_run and not output.parent.is_dir():
-        raise ConfigError("the folder for the plan does not exist", where=str(output), fix="create it first")
+    check_files(None if dry_run else output)
+    if analysis is not None and not kept:
+        check_target(analysis)
     options.check_data(text, data, None, needed=mode != "data_free" and not kept)
     with working() as progress:
         with progress.step("load"):
@@ -109,7 +108,7 @@ def plan(
             found.save(analysis)
         made = found.plan(budget, include=include, ignore=ignore or ())
         if not dry_run:
-            made.save(output)
+            write_file(output, made.to_json())
     if as_json:
         show_json(json.loads(made.to_json()))
     else:
@@ -137,6 +136,7 @@ def apply(
     """Rewrite MODEL as PLAN says, verify it and save it in OUT."""
     made = Plan.load(plan_file)
     check_target(output, overwrite=overwrite)
+    check_files(html)
     options.check_data(text, data, holdout, needed=mode != "data_free" and analysis is None)
     with working() as progress:
         with progress.step("load"):
@@ -145,10 +145,7 @@ def apply(
             found = _kept(analysis, source, progress)
         else:
             found = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
-        result = _named(found.apply(made), source)
-        with progress.step("save"):
-            result.save(output, overwrite=overwrite)
-        _write_html(result, html)
+        result = _saved(found.apply(made), found, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 
 
@@ -177,21 +174,30 @@ def _analysis(
 
 
 def _kept(folder: Path, source: Source, progress: ConsoleProgress) -> Analysis:
-    found = load_analysis(folder, source.model, progress=progress)
-    return dataclasses.replace(found, files=_files(source))
+    return load_analysis(folder, source.model, files=_files(source), progress=progress)
 
 
 def _files(source: Source) -> dict[str, bytes]:
     return {} if source.tokenizer is None else tokenizer_files(source.tokenizer)
 
 
-def _named(result: OptimizedModel, source: Source) -> OptimizedModel:
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, model=source.description))
-
-
-def _write_html(result: OptimizedModel, file: Path | None) -> None:
-    if file is not None:
-        file.write_text(report_html(result.report), encoding="utf-8")
+def _saved(
+    result: OptimizedModel,
+    analysis: Analysis,
+    source: Source,
+    output: Path,
+    overwrite: bool,
+    html: Path | None,
+    progress: ConsoleProgress,
+) -> OptimizedModel:
+    """The result, saved, its report with the source's name and what both models weigh on disk."""
+    with progress.step("save"):
+        report = with_source(result.report, source, analysis.original, result.program, output)
+        result = dataclasses.replace(result, report=report)
+        result.save(output, overwrite=overwrite)
+    if html is not None:
+        write_file(html, report_html(report))
+    return result
 
 
 def _show_result(result: OptimizedModel, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from geofx.batches import Batch
 from geofx.budget import Amount, Budget
 from geofx.errors import CalibrationError, ConfigError
 from geofx.patterns import matching
-from geofx.sources import Source, load_callable
+from geofx.sources import Source, call_named
 from geofx.text import Texts, python_text, require_file, windows
 
 CALIBRATION_TOKENS = 24576
@@ -107,7 +107,7 @@ def calibration_of(
     source: Source, text: str | None, data: str | None, holdout: str | None, tokens: int, length: int
 ) -> tuple[Any, list[Batch] | None]:
     """(calibration, held-out) batches; either may be None."""
-    calibration = None if data is None else load_callable(data)()
+    calibration = None if data is None else call_named(data)
     held = None
     if text is not None:
         calibration = _batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +13,14 @@ import networkx
 import torch
 import typer
 from rich.table import Table
+from torch import Tensor
 
 from geofx import cli_options as options
 from geofx.batches import Batch
 from geofx.cli_console import show, show_json, working
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx_runtime import OnnxRunner
+from geofx.folder import check_files, write_file
 from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
 from geofx.program import Program
@@ -32,6 +34,7 @@ from geofx.trace import trace
 from geofx.verify import Fidelity, verify
 
 EVAL_TOKENS = 16384
+BENCH_SIZES = {"batch": 1, "sequence": 128}
 
 
 def inspect(
@@ -46,13 +49,14 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Show the report and the plan of a saved result."""
+    check_files(html, graph)
     with working():
         result = load(saved)
         if html is not None:
-            html.write_text(report_html(result.report), encoding="utf-8")
+            write_file(html, report_html(result.report))
         if graph is not None:
             nodes = networkx.node_link_data(result.program.to_networkx(), edges="edges")
-            graph.write_text(json.dumps(nodes, default=str), encoding="utf-8")
+            write_file(graph, json.dumps(nodes, default=str))
     if as_json:
         show_json({"report": result.report.to_json(), "plan": json.loads(result.plan.to_json())})
     else:
@@ -67,7 +71,7 @@ def export(
     torchscript: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write a TorchScript file.")
     ] = None,
-    model: options.Original = None,
+    original: options.Original = None,
     as_json: options.Json = False,
 ) -> None:
     """Export a saved result; it is published only after it ran and agreed.
@@ -78,7 +82,7 @@ def export(
         raise ConfigError("nothing to export to", fix="give --onnx PATH or --torchscript PATH")
     made: dict[str, Any] = {}
     with working():
-        result = load(saved) if model is None else load(saved, module=load_source(model).model)
+        result = load(saved, module=None if original is None else load_source(original).model)
         if onnx is not None:
             made["onnx"] = _fields(result.to_onnx(onnx))
         if torchscript is not None:
@@ -124,8 +128,8 @@ def bench(
     onnx: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Its ONNX export, to be timed too.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 128,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a call; by default 1.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; by default 128.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each; medians are shown.")] = 7,
     as_json: options.Json = False,
 ) -> None:
@@ -146,19 +150,39 @@ def bench(
         with torch.no_grad():
             seconds = interleaved_medians(calls, rounds, progress)
     if as_json:
-        show_json({"batch": batch, "length": length, "rounds": rounds, "seconds": seconds})
+        shapes = {name: list(value.shape) for name, value in inputs.items()}
+        show_json({"inputs": shapes, "rounds": rounds, "seconds": seconds})
     else:
-        show(_table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()}))
+        sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        show(
+            _table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()}), sizes
+        )
 
 
-def bench_inputs(program: Program, batch: int, length: int) -> dict[str, Any]:
-    """Inputs of the given size where the model takes tokens, else the traced example."""
-    ids = program.example.get("input_ids")
-    if ids is None:
-        return dict(program.example)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(int(ids.max()) + 1, (batch, length), generator=generator, dtype=ids.dtype)
-    return program.bind((), {"input_ids": rows})
+def bench_inputs(program: Program, batch: int | None, length: int | None) -> dict[str, Tensor]:
+    """The program's example, repeated or cut to ``batch`` rows of ``length`` tokens; masks are all ones.
+
+    Raises:
+        ConfigError: a size is given that no input of the program has.
+    """
+    sizes = {"batch": batch, "sequence": length}
+    known = {label for dims in program.dynamic_shapes.values() for label in dims.values()}
+    for label, option in (("batch", "--batch"), ("sequence", "--length")):
+        if sizes[label] is not None and label not in known:
+            what = f"{option} has no effect: no input of the model varies so"
+            raise ConfigError(what, where=", ".join(program.input_names), fix=f"leave out {option}")
+    wanted = {label: sizes[label] or default for label, default in BENCH_SIZES.items()}
+    return {
+        name: _resized(name, value, program.dynamic_shapes.get(name, {}), wanted)
+        for name, value in program.example.items()
+    }
+
+
+def _resized(name: str, value: Tensor, labels: Mapping[int, str], wanted: Mapping[str, int]) -> Tensor:
+    for dim, label in labels.items():
+        if label in wanted:
+            value = value.index_select(dim, torch.arange(wanted[label]) % value.shape[dim])
+    return torch.ones_like(value) if name.endswith("mask") and not value.is_floating_point() else value
 
 
 def _windows(saved: Path, source: Source | None, text: str, tokens: int, length: int) -> list[Batch]:

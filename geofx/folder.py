@@ -48,6 +48,35 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
     return target
 
 
+def check_files(*paths: Path | None) -> None:
+    """Raises ArtifactError, before long work, where `write_file` would; None is no path."""
+    for path in filter(None, paths):
+        with _typed_errors(path, 0):
+            _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    target = _resolve(path)
+    if not target.parent.is_dir():
+        raise ArtifactError("the parent folder does not exist", where=str(path), fix="create it first")
+    if target.is_dir():
+        raise ArtifactError("the target is a folder", where=str(path), fix="give the path of a file")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ArtifactError("the target cannot be written", where=str(path), fix="choose another place")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+        ResourceError: the disk is full.
+    """
+    check_files(path)
+    with _typed_errors(_resolve(path), len(text)):
+        path.expanduser().write_text(text, encoding="utf-8")
+
+
 def write_folder(
     path: str | Path, files: Mapping[str, Content], *, overwrite: bool = False, needed_bytes: int = 0
 ) -> Path:
