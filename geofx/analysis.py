@@ -18,7 +18,7 @@ from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.choice import Totals
-from geofx.errors import NumericsError, VerificationError
+from geofx.errors import ConfigError, NumericsError, VerificationError
 from geofx.factorizations import FACTORIZATIONS, Factorization, Factors
 from geofx.model import OptimizedModel
 from geofx.moments import Moments
@@ -31,7 +31,7 @@ from geofx.passes.lower import Lower
 from geofx.patterns import matching
 from geofx.plan import Plan
 from geofx.planner import choose
-from geofx.program import Program
+from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
 from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
@@ -40,6 +40,9 @@ from geofx.summary import summarize
 from geofx.verify import Fidelity, verify
 
 logger = logging.getLogger(__name__)
+
+EDITED = "edited"
+"""Solver status of a plan that was changed by hand."""
 
 Rewrites = dict[str, tuple[Factorization, Factors]]
 
@@ -54,8 +57,9 @@ class Analysis:
         regions: region name -> analysis.
         skips: weights that cannot be rewritten, with the reason.
         objective: the loss that predictions are in.
-        holdout: batches that no statistic has seen.
+        holdout: batches to verify on.
         module: the user's model, or None.
+        holdout_is_calibration: there was one batch only, so what is measured on it is too good.
     """
 
     original: Program
@@ -69,7 +73,7 @@ class Analysis:
     stages: Stages = field(default_factory=Stages)
     progress: Progress = log_progress
     files: Mapping[str, bytes] = field(default_factory=dict)
-    refused: dict[tuple[str, str], str] = field(default_factory=dict)
+    holdout_is_calibration: bool = False
 
     def __post_init__(self) -> None:
         self.model_hash = hash_tensors(self.original.tensors())
@@ -83,31 +87,38 @@ class Analysis:
         include: Iterable[str] | str | None = None,
         ignore: Iterable[str] | str = (),
         formats: Iterable[type[Factorization]] = FACTORIZATIONS,
+        refused: Mapping[tuple[str, str], str] | None = None,
     ) -> Plan:
         """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
 
-        ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names.
+        ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names; ``refused`` maps (region,
+        format) to the reason why it must not be taken.
 
         Raises:
             BudgetInfeasibleError: carries the smallest plan.
             ConfigError: a pattern matches nothing, or the budget needs losses that were not measured.
         """
+        if budget.loss is not None and self.moments.mode != "two_sided":
+            raise ConfigError(
+                f"a budget for the loss needs its gradients; this analysis measures {self.moments.unit}",
+                fix="analyze with mode='two_sided'",
+            )
         options, skips = self._priced(tuple(formats))
-        known = (*self.regions, *(skip.weight for skip in self.skips))
-        allowed = set(matching(known, include or (), ignore))
+        allowed = self._allowed(include or (), ignore)
+        barred = refused or {}
         ignored = [
             Skip(name, "IGNORED", "left out by include / ignore")
             for name in self.regions
             if name not in allowed
         ]
-        failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in self.refused.items()]
+        failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in barred.items()]
         kept = [
             option
             for option in options
             if option.is_dense
             or (
                 option.region.name in allowed
-                and (option.region.name, option.factorization.name) not in self.refused
+                and (option.region.name, option.factorization.name) not in barred
             )
         ]
         with self.stages("plan"):
@@ -161,9 +172,11 @@ class Analysis:
     def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
         """The rewritten, checked and verified result of a fitted plan."""
         plan = self._as_fitted(plan, rewrites)
-        program = self.original.clone() if not rewrites else self._lowered(rewrites)
-        _require_planned_size(program, plan)
+        program = self._lowered(rewrites)
+        _require_planned(program, plan)
         held = self.holdout if holdout is None else holdout
+        if not held:
+            _require_finite_output(program)
         fidelity = self._verified(program, rewrites, held) if held else None
         return OptimizedModel(
             program=program,
@@ -182,11 +195,19 @@ class Analysis:
         for choice in plan.choices:
             fitted, _ = rewrites.get(choice.region, (choice.factorization, {}))
             loss = choice.loss
-            if loss is None:
+            if loss is None or plan.solver.status == EDITED:
                 analysis = self.regions[choice.region]
                 loss = choice.factorization.predicted_loss(analysis.region, analysis)
             choices.append(replace(choice, factorization=fitted, loss=loss))
         return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))
+
+    def _allowed(self, include: Iterable[str] | str, ignore: Iterable[str] | str) -> set[str]:
+        """Names of the weights that patterns let through; a tied weight goes by each of its names."""
+        aliases = self.original.aliases
+        known = (*self.regions, *(skip.weight for skip in self.skips), *aliases)
+        included = {aliases.get(name, name) for name in matching(known, include)}
+        kept = set(matching(known, (), ignore))
+        return included - {aliases.get(name, name) for name in known if name not in kept}
 
     def _lowered(self, rewrites: Rewrites) -> Program:
         with self.stages("rewrite"):
@@ -248,10 +269,22 @@ def _parameter_mae(analysis: Analysis, rewrites: Rewrites) -> float:
     return total / max(1, analysis.original.parameter_count())
 
 
-def _require_planned_size(program: Program, plan: Plan) -> None:
-    stored = program.size_bytes()
-    if stored > plan.predicted.bytes:
-        raise VerificationError(
-            f"the result holds {stored} bytes, the plan said {plan.predicted.bytes}",
-            fix="report this as a bug",
-        )
+def _require_planned(program: Program, plan: Plan) -> None:
+    """The graph stores what the plan said; a plan that was not edited also keeps its budget."""
+    stored = {"size": program.size_bytes(), "parameters": program.parameter_count()}
+    said = {"size": plan.predicted.bytes, "parameters": plan.predicted.parameters}
+    for name, value in stored.items():
+        if value != said[name]:
+            raise VerificationError(
+                f"the result holds {value} ({name}), the plan said {said[name]}", fix="report this as a bug"
+            )
+    over = [name for name, limit in plan.limits.items() if (plan.used[name] or 0.0) > limit]
+    if over and plan.solver.status == EDITED:
+        logger.warning("the edited plan exceeds its budget in %s", ", ".join(over))
+
+
+def _require_finite_output(program: Program) -> None:
+    with torch.no_grad(), program.buffers_kept():
+        output = flat_tensors(program(**program.example))
+    if any(value.isnan().any() for value in output if value.is_floating_point()):
+        raise NumericsError("the optimized model gives NaN on its example", fix="raise the budget")

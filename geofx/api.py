@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,21 @@ from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, N
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
-from geofx.passes.analyse import Annotate, analyse
+from geofx.passes.analyse import Analyse, analyse
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
 from geofx.passes.find_regions import find_regions
-from geofx.passes.find_sites import FindSites, find_sites
+from geofx.passes.find_sites import FindSites, find_sites, sites_of
+from geofx.patterns import matching
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import windows
-from geofx.trace import forward_names, trace
+from geofx.trace import input_names, trace
+
+logger = logging.getLogger(__name__)
 
 REPLANS = 8
 """How often `optimize` plans anew without the settings that could not be fitted."""
@@ -70,30 +74,39 @@ def analyze(
         CaptureError, CalibrationError, ConfigError: as their messages say.
     """
     stages = Stages()
-    names = () if isinstance(model, ExportedProgram) else forward_names(model)
+    names = input_names(model)
     batches = _batches(calibration, tokenizer, names, "calibration data")
     if mode != "data_free" and not batches:
         raise CalibrationError("there is no calibration data", fix="pass calibration=, or mode='data_free'")
     held = _batches(holdout, tokenizer, names, "held-out data")
+    leaking = not held and len(batches) == 1
     if not held and batches:
         batches, held = split(batches)
+    if leaking:
+        logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
     if example is None and not batches:
         raise ConfigError("data-free analysis needs inputs to trace with", fix="pass example=")
     with stages("trace"):
         original = trace(model, batches[0] if example is None else example)
-        program = original.clone()
-        run_passes(program, [Canonicalize(), FindSites()])
+        program = _canonical(original)
     objective = choose_objective(original, batches[0], loss, seed) if batches else SquaredError(seed)
     moments = Moments(mode="data_free", unit=UNITS["data_free"])
     if mode != "data_free":
         with stages("calibrate"):
             moments = calibrate(program, batches, objective, mode, progress)
     module = model if isinstance(model, nn.Module) else None
-    return _assemble(original, program, moments, objective, held, module, stages, progress, files or {})
+    analysis = _assemble(original, program, moments, objective, held, module, stages, progress, files or {})
+    analysis.holdout_is_calibration = leaking
+    return analysis
 
 
 def load_analysis(
-    path: str | Path, model: nn.Module, *, loss: UserLoss | None = None, progress: Progress = log_progress
+    path: str | Path,
+    model: nn.Module,
+    *,
+    loss: UserLoss | None = None,
+    files: Mapping[str, bytes] | None = None,
+    progress: Progress = log_progress,
 ) -> Analysis:
     """The analysis that `Analysis.save` wrote, for the same ``model``, which is traced again.
 
@@ -109,8 +122,7 @@ def load_analysis(
     stages = Stages()
     with stages("trace"):
         original = trace(model, stored.example)
-        program = original.clone()
-        run_passes(program, [Canonicalize(), FindSites()])
+        program = _canonical(original)
     if hash_tensors(original.tensors()) != stored.model_hash:
         raise ArtifactMismatchError(
             "the analysis belongs to other weights", where=str(path), fix="analyze this model"
@@ -129,6 +141,20 @@ def load_analysis(
     )
 
 
+def _canonical(original: Program) -> Program:
+    """The annotated clone that everything works on.
+
+    Raises:
+        ConfigError: it multiplies by no constant weight that geofx could factorize.
+    """
+    program = original.clone()
+    run_passes(program, [Canonicalize(), FindSites()])
+    if not sites_of(program):
+        reasons = "; ".join(f"{skip.weight}: {skip.reason}" for skip in find_sites(program)[1][:5])
+        raise ConfigError(f"the model has no matmul to factorize ({reasons or 'no constant weights'})")
+    return program
+
+
 def _assemble(
     original: Program,
     program: Program,
@@ -145,7 +171,7 @@ def _assemble(
     with stages("analyse"):
         regions, failed = analyse(program, find_regions(sites), moments, known, progress)
         run_passes(
-            program, [Annotate({name: region.spectrum for name, region in regions.items()})], written=[SITE]
+            program, [Analyse({name: region.spectrum for name, region in regions.items()})], written=[SITE]
         )
     return Analysis(
         original,
@@ -169,16 +195,40 @@ def optimize(
     calibration: Any = None,
     include: Iterable[str] | str | None = None,
     ignore: Iterable[str] | str = (),
-    **settings: Any,
+    tokenizer: Any = None,
+    loss: UserLoss | None = None,
+    mode: Mode = "two_sided",
+    holdout: Any = None,
+    example: Any = None,
+    seed: int = 0,
+    progress: Progress = log_progress,
+    files: Mapping[str, bytes] | None = None,
 ) -> OptimizedModel:
-    """Compress ``model`` to ``budget`` with the least predicted loss; ``settings`` are those of `analyze`.
+    """Compress ``model`` to ``budget`` with the least predicted loss; the other arguments are `analyze`'s.
 
     A factorization that turns out not to fit is refused and the plan made again without it.
+
+    Args:
+        include: patterns of the weights that may be rewritten; by default all.
+        ignore: patterns of weights that may not; a pattern that matches nothing is an error.
 
     Raises:
         BudgetInfeasibleError: no plan meets the budget; carries the smallest.
     """
-    analysis = analyze(model, calibration, **settings)
+    if isinstance(model, nn.Module):
+        matching([name for name, _ in model.named_parameters(remove_duplicate=False)], include or (), ignore)
+    analysis = analyze(
+        model,
+        calibration,
+        tokenizer=tokenizer,
+        loss=loss,
+        mode=mode,
+        holdout=holdout,
+        example=example,
+        seed=seed,
+        progress=progress,
+        files=files,
+    )
     return optimize_analysis(analysis, budget, include=include, ignore=ignore)
 
 
@@ -190,15 +240,17 @@ def optimize_analysis(
     ignore: Iterable[str] | str = (),
 ) -> OptimizedModel:
     """`optimize` from an analysis that is there already."""
+    refused: dict[tuple[str, str], str] = {}
     for _ in range(REPLANS):
-        plan = analysis.plan(budget, include=include, ignore=ignore)
+        plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
         rewrites, failures = analysis.fit(plan)
         if not failures:
             return analysis.finish(plan, rewrites)
         names = {choice.region: choice.factorization.name for choice in plan.choices}
-        analysis.refused |= {(region, names[region]): str(why) for region, why in failures.items()}
+        refused |= {(region, names[region]): str(why) for region, why in failures.items()}
+    regions = ", ".join(sorted({region for region, _ in refused})[:5])
     raise NumericsError(
-        f"{REPLANS} plans could not be fitted", fix="leave the sites in analysis.refused out by ignore="
+        f"{REPLANS} plans could not be fitted", where=regions, fix="leave these out by ignore="
     )
 
 

@@ -63,7 +63,7 @@ def inputs_of(program: Program, batch: Batch) -> Batch:
         CalibrationError: a token id lies outside the vocabulary.
     """
     inputs = program.bind((), {name: value for name, value in batch.items() if name in program.input_names})
-    for name, rows in _vocabularies(program).items():
+    for name, rows in vocabularies(program).items():
         ids = inputs[name]
         if ids.numel() and (int(ids.max()) >= rows or int(ids.min()) < 0):
             bad = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
@@ -84,8 +84,12 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def select_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The rows of every tensor in the batch where ``rows`` is true."""
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    """The rows of every tensor with a batch dim where ``rows`` is true."""
+    count = rows.numel()
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
+        for name, value in batch.items()
+    }
 
 
 def _as_batch(item: Any, names: Sequence[str], where: str) -> Batch:
@@ -115,7 +119,7 @@ def _rows(batch: Batch) -> int:
     )
 
 
-def _vocabularies(program: Program) -> dict[str, int]:
+def vocabularies(program: Program) -> dict[str, int]:
     """Input name -> rows of the table that it is looked up in."""
     found: dict[str, int] = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]

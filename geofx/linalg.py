@@ -46,19 +46,6 @@ def eigh_psd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
     return values[order].clamp_min(0.0) * scale, canonical_signs(vectors[:, order])
 
 
-def svd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, Tensor]:
-    """M = U diag(σ) Vᵀ, thin, in float64, σ descending; returns (U, σ, Vᵀ).
-
-    Raises:
-        NumericsError: not finite, or every solver failed.
-    """
-    require_finite(matrix, what)
-    scale = float(matrix.abs().max()) or 1.0
-    left, values, right = _first_that_converges(matrix.double() / scale, _SVD_LADDER, what)
-    signs = _column_signs(left)
-    return left * signs, values * scale, right * signs[:, None]
-
-
 def root_and_inverse(matrix: Tensor, what: str = "matrix", floor: float = 1e-12) -> tuple[Tensor, Tensor]:
     """M^{1/2} and its pseudo-inverse on the live subspace {λ > floor · λ_max}; both (n, n) float64."""
     values, vectors = eigh_psd(matrix, what)
@@ -118,14 +105,9 @@ def _column_signs(vectors: Tensor) -> Tensor:
     return torch.where(picked < 0, -1.0, 1.0).to(vectors.dtype)
 
 
-def _perturbed_svd(matrix: Tensor) -> tuple[Tensor, ...]:
+def _perturbed_eigh(matrix: Tensor) -> tuple[Tensor, ...]:
     noise = torch.randn(matrix.shape, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
-    return tuple(torch.linalg.svd(matrix + 1e-14 * matrix.norm() * noise, full_matrices=False))
-
-
-def _scipy_svd(matrix: Tensor) -> tuple[Tensor, ...]:
-    parts = scipy.linalg.svd(matrix.numpy(force=True), full_matrices=False, lapack_driver="gesvd")
-    return tuple(torch.from_numpy(part.copy()).to(matrix.device) for part in parts)
+    return tuple(torch.linalg.eigh(matrix + 1e-14 * matrix.norm() * (noise + noise.T)))
 
 
 def _scipy_eigh(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -135,13 +117,9 @@ def _scipy_eigh(matrix: Tensor) -> tuple[Tensor, ...]:
 
 Solver = Callable[[Tensor], tuple[Tensor, ...]]
 
-_SVD_LADDER: tuple[tuple[str, Solver], ...] = (
-    ("gesdd", lambda m: tuple(torch.linalg.svd(m, full_matrices=False))),
-    ("gesdd on a perturbed matrix", _perturbed_svd),
-    ("gesvd", _scipy_svd),
-)
 _EIGH_LADDER: tuple[tuple[str, Solver], ...] = (
     ("syevd", lambda m: tuple(torch.linalg.eigh(m))),
+    ("syevd on a perturbed matrix", _perturbed_eigh),
     ("syev", _scipy_eigh),
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.batches import Batch, inputs_of, token_mask
+from geofx.batches import Batch, inputs_of, token_mask, vocabularies
 from geofx.errors import ConfigError
 from geofx.program import Program, flat_tensors
 
@@ -36,8 +36,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of token t+1 given tokens up to t, summed over the tokens that are not padding."""
+    """Cross-entropy of token t+1 given tokens up to t, summed over the tokens that are not padding.
 
+    ``ids`` is the name of the input that holds the tokens.
+    """
+
+    ids: str = "input_ids"
     unit: str = "nats per token"
 
     def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
@@ -50,7 +54,7 @@ class NextToken:
         return float(before), float(self._sum(optimized, batch)[0]), terms
 
     def _sum(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
-        logits, targets = next_token_pairs(logits_of(output), batch)
+        logits, targets = next_token_pairs(logits_of(output), batch, self.ids)
         return functional.cross_entropy(logits.float(), targets, reduction="sum"), float(targets.numel())
 
 
@@ -91,7 +95,11 @@ class SquaredError:
 
 @dataclass(frozen=True)
 class Custom:
-    """The user's ``loss(output, batch)``: a tensor of terms, or a scalar: the mean per token."""
+    """The user's ``loss(output, batch)``: a tensor of terms, or a scalar: the mean per token.
+
+    Predictions take its terms for negative log-likelihoods: there the mean square of the gradients is the
+    curvature. For other losses they rank sites and formats, and are not in the unit of the loss.
+    """
 
     function: UserLoss
     unit: str = "loss per term"
@@ -120,21 +128,29 @@ def choose_objective(program: Program, batch: Batch, loss: UserLoss | None, seed
     """The user's loss; next-token cross-entropy where logits are causal; else squared error of outputs."""
     if loss is not None:
         return Custom(loss)
-    return NextToken() if is_causal_language_model(program, batch) else SquaredError(seed)
+    ids = token_input(program)
+    causal = ids is not None and is_causal_language_model(program, batch, ids)
+    return NextToken(ids or "") if causal else SquaredError(seed)
 
 
-def is_causal_language_model(program: Program, batch: Batch) -> bool:
+def token_input(program: Program) -> str | None:
+    """The input whose entries are looked up in the largest table: the token ids."""
+    tables = vocabularies(program)
+    return max(tables, key=lambda name: tables[name]) if tables else None
+
+
+def is_causal_language_model(program: Program, batch: Batch, name: str = "input_ids") -> bool:
     """Whether there are logits over the ids' vocabulary that a later token cannot change."""
-    ids = batch.get("input_ids")
+    ids = batch.get(name)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
         return False
-    probe = {name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()}
-    probe["attention_mask"] = torch.ones_like(probe["input_ids"])
-    changed = {**probe, "input_ids": probe["input_ids"].clone()}
-    changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % (int(ids.max()) + 1)
-    with torch.no_grad():
+    probe = {key: value[:2] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    probe["attention_mask"] = torch.ones_like(probe[name])
+    changed = {**probe, name: probe[name].clone()}
+    changed[name][:, -1] = (changed[name][:, -1] + 1) % max(2, int(ids.max()) + 1)
+    with torch.no_grad(), program.buffers_kept():
         before, after = (logits_of(program(**inputs_of(program, item))) for item in (probe, changed))
-    if before is None or after is None or before.dim() != 3 or before.shape[:2] != probe["input_ids"].shape:
+    if before is None or after is None or before.dim() != 3 or before.shape[:2] != probe[name].shape:
         return False
     if before.shape[2] <= int(ids.max()):
         return False
@@ -150,9 +166,9 @@ def logits_of(output: Any) -> Any:
     return output if isinstance(output, Tensor) else None
 
 
-def next_token_pairs(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def next_token_pairs(logits: Tensor, batch: Batch, ids: str = "input_ids") -> tuple[Tensor, Tensor]:
     """(logits (n, vocabulary), targets (n,)) of all pairs of neighbouring tokens that are not padding."""
-    targets, predictions = batch["input_ids"][:, 1:], logits[:, :-1]
+    targets, predictions = batch[ids][:, 1:], logits[:, :-1]
     mask = token_mask(batch)
     if mask is None:
         return predictions.flatten(0, 1), targets.flatten()

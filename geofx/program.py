@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +119,16 @@ class Program:
         for old, new in zip(self.graph.nodes, module.graph.nodes, strict=True):
             new.meta = dict(old.meta)
         return replace(self, graph_module=module)
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """Buffers that the graph writes to are put back bit for bit, also on failure."""
+        saved = [(buffer, buffer.clone()) for buffer in self.graph_module.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in saved:
+                buffer.copy_(value)
 
     def check(self) -> None:
         """Lint the graph and check that every attribute exists; recompile.

@@ -135,10 +135,8 @@ class MomentMetrics(Mapping[str, Metric]):
     def __getitem__(self, name: str) -> Metric:
         moments = self._moments
         inputs, outputs = moments.input_moment(name), moments.output_moment(name)
-        if inputs is not None and inputs.any():
+        if inputs is not None:
             inputs = shrink(inputs, sampling_share(inputs, moments.tokens_at(name), INPUT_SHRINKAGE))
-        else:
-            inputs = None
         if outputs is not None:
             outputs = shrink(outputs, sampling_share(outputs, moments.loss_terms, OUTPUT_SHRINKAGE))
         return region_metric(self._weights[name], inputs, outputs)

@@ -20,7 +20,10 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time one block; nothing is recorded where it fails."""
+        """Time one block; nothing is recorded where it fails, and what followed an earlier ``name`` is forgotten."""
+        names = [stage.name for stage in self.done]
+        if name in names:
+            del self.done[names.index(name) :]
         start = time.perf_counter()
         yield
         self.done.append(Stage(name, time.perf_counter() - start, peak_memory_bytes()))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from geofx.errors import CaptureError
-from geofx.program import Program
+from geofx.program import Program, flat_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class _Call(nn.Module):
         self.inner = model
 
         by_position = isinstance(model, fx.GraphModule) and not _keywords(model)
+        taken = forward_names(model)
+        if by_position and (constants or taken[: len(names)] != names):
+            raise CaptureError("a traced module takes its inputs by position", fix=f"pass {', '.join(taken)}")
 
         def forward(**inputs: Any) -> Any:
             return model(*inputs.values()) if by_position else model(**inputs, **constants)
@@ -72,11 +75,7 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
         if len(example) > len(names):
             raise CaptureError(f"{len(example)} example inputs", where=f"forward takes {', '.join(names)}")
         example = dict(zip(names, example, strict=False))
-    given = {
-        name: value
-        for name, value in example.items()
-        if value is not None and name in names and name != "labels"
-    }
+    given = {name: example[name] for name in names if example.get(name) is not None and name != "labels"}
     if not given:
         raise CaptureError(
             f"the example has none of the model's inputs: {', '.join(map(str, example))}",
@@ -86,7 +85,14 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
     constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     if "use_cache" in names:
         constants["use_cache"] = False
-    tensors = {name: _at_least_two(value) for name, value in given.items() if isinstance(value, Tensor)}
+    nested = next((name for name, value in constants.items() if flat_tensors(value)), None)
+    if nested is not None:
+        raise CaptureError(
+            f"input {nested!r} is a nest of tensors", fix="pass tensors as arguments of their own"
+        )
+    tensors = {name: value.detach().clone() for name, value in given.items() if isinstance(value, Tensor)}
+    rows = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
+    tensors = {name: _at_least_two(value, rows) for name, value in tensors.items()}
     return _with_padding(tensors, names), constants
 
 
@@ -103,12 +109,15 @@ def _keywords(module: fx.GraphModule) -> bool:
     return info is not None and info.in_spec.num_children == 2 and info.in_spec.child(1).num_leaves > 0
 
 
-def _at_least_two(value: Tensor) -> Tensor:
+def _at_least_two(value: Tensor, rows: int) -> Tensor:
+    """Two rows of a batch of ``rows``, and two tokens; what has no batch dim is left as it is."""
+    if value.dim() == 0 or value.shape[0] != rows:
+        return value
     dims = (0, 1) if value.dim() == 2 and not value.is_floating_point() else (0,)
     for dim in dims:
-        if value.dim() > dim and value.shape[dim] == 1:
+        if value.shape[dim] == 1:
             value = torch.cat([value, value], dim)
-    return value[:2] if value.dim() else value
+    return value[:2].clone()
 
 
 def _with_padding(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -131,6 +140,10 @@ def _require_capturable(model: Any) -> None:
             f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module or an ExportedProgram"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type not in ("cpu", "meta"):
+            raise CaptureError(
+                f"the model is on {tensor.device}", where=name, fix="move it to the CPU first: model.cpu()"
+            )
         if tensor.is_meta:
             raise CaptureError(
                 "the parameter has no data (meta device)", where=name, fix="load the weights first"
@@ -191,9 +204,23 @@ def _user_line(error: BaseException) -> str:
 
 
 def _from_exported(exported: ExportedProgram) -> Program:
+    names = input_names(exported)
     args, kwargs = exported.example_inputs or ((), {})
-    names = [str(name) for name in exported.graph_signature.user_inputs]
-    return _finish(exported, None, tuple(names), dict(zip(names, (*args, *kwargs.values()), strict=True)))
+    values = (*args, *kwargs.values())
+    if len(values) != len(names) or not all(isinstance(value, Tensor) for value in values):
+        raise CaptureError(
+            "an exported program must take plain tensors and carry its example inputs",
+            where=f"inputs {', '.join(names)}",
+            fix="export it with tensor arguments, or pass the module itself",
+        )
+    return _finish(exported, None, names, dict(zip(names, values, strict=True)))
+
+
+def input_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    """Names of the inputs that batches are matched to, in order."""
+    if isinstance(model, ExportedProgram):
+        return tuple(str(name) for name in model.graph_signature.user_inputs)
+    return forward_names(model)
 
 
 def _finish(
@@ -206,6 +233,7 @@ def _finish(
         checks = node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] in _CHECKS
         if checks or (node.op == "call_module" and node.target == "_guards_fn"):
             graph.erase_node(node)
+    _require_evaluation(graph)
     attributes, aliases = _collect_attributes(lifted, model)
     module = fx.GraphModule(attributes, graph, class_name="Program")
     program = Program(module, names, dict(inputs), _dynamic_dims(graph, names), aliases)
@@ -213,6 +241,14 @@ def _finish(
     module.delete_all_unused_submodules()
     program.check()
     return program
+
+
+def _require_evaluation(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.dropout.default and node.args[2]:
+            raise CaptureError(
+                "dropout is on in the exported program", where=node.name, fix="export it after model.eval()"
+            )
 
 
 def _collect_attributes(
@@ -229,7 +265,7 @@ def _collect_attributes(
         if node.op != "get_attr":
             continue
         value = _resolve(lifted, node.target)
-        name = node.target.removeprefix(_PREFIX)
+        name = str(node.target) if model is None else str(node.target).removeprefix(_PREFIX)
         if isinstance(value, Tensor):
             canonical = first.setdefault(_identity(value), name)
             if canonical != name:

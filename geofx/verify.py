@@ -74,7 +74,7 @@ def verify(
     """
     sums, held = _Sums(), list(batches)
     progress("verify", 0, len(held))
-    with torch.no_grad():
+    with torch.no_grad(), original.buffers_kept(), optimized.buffers_kept():
         for done, batch in enumerate(held):
             inputs = inputs_of(original, batch)
             _compare(sums, original(**inputs), optimized(**inputs), batch | inputs, objective)
@@ -89,8 +89,8 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
             raise NumericsError(
                 "the optimized model gives values that are not finite", fix="raise the budget"
             )
-        sums.error += float((one - other).square().sum(dtype=torch.float64))
-        sums.power += float(one.square().sum(dtype=torch.float64))
+        sums.error += float((one.float() - other.float()).square().sum(dtype=torch.float64))
+        sums.power += float(one.float().square().sum(dtype=torch.float64))
     original, optimized, terms = objective.compare(before, after, batch)
     sums.original, sums.optimized, sums.terms = (
         sums.original + original,
@@ -98,12 +98,12 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
         sums.terms + terms,
     )
     if isinstance(objective, NextToken):
-        _compare_tokens(sums, logits_of(before), logits_of(after), batch)
+        _compare_tokens(sums, logits_of(before), logits_of(after), batch, objective.ids)
 
 
-def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch) -> None:
-    first, _ = next_token_pairs(before, batch)
-    second, targets = next_token_pairs(after, batch)
+def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch, ids: str) -> None:
+    first, _ = next_token_pairs(before, batch, ids)
+    second, targets = next_token_pairs(after, batch, ids)
     for one, other in zip(torch.split(first, 256), torch.split(second, 256), strict=True):
         p, q = functional.log_softmax(one.float(), -1), functional.log_softmax(other.float(), -1)
         sums.divergence += float(functional.kl_div(q, p, log_target=True, reduction="sum"))

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Annotate:
+class Analyse:
     """Leaves a `Sensitivity` on every matmul that has a spectrum."""
 
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
@@ -57,6 +57,11 @@ def analyse(
     todo = tuple(regions)
     progress("analyse", 0, len(todo))
     for done, region in enumerate(todo):
+        unseen = _unseen(region, moments)
+        if unseen is not None:
+            logger.warning("%s stays dense: %s", region.name, unseen.detail)
+            skips.append(unseen)
+            continue
         weights = {site.weight: canonical_weight(program, site) for site in region.sites}
         analysis = RegionAnalysis(
             region, weights, MomentMetrics(weights, moments), (known or {}).get(region.name)
@@ -69,6 +74,19 @@ def analyse(
             skips.append(Skip(region.name, "SVD_FAILED", str(error)))
         progress("analyse", done + 1, len(todo))
     return found, skips
+
+
+def _unseen(region: Region, moments: Moments) -> Skip | None:
+    """A region that no token or no gradient reached: nothing says what the loss would lose by it."""
+    for site in region.sites:
+        if moments.mode != "data_free" and moments.tokens_at(site.weight) == 0:
+            return Skip(region.name, "NO_CALIBRATION", "no calibration token reached it")
+        inputs, gradient = moments.input_moment(site.weight), moments.output_moment(site.weight)
+        if inputs is not None and not inputs.any():
+            return Skip(region.name, "NO_SIGNAL", "its input is always zero")
+        if gradient is not None and not gradient.any():
+            return Skip(region.name, "NO_SIGNAL", "the loss has no gradient at its output")
+    return None
 
 
 def canonical_weight(program: Program, site: Site) -> Tensor:

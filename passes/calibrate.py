@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ def calibrate(
     """
     recorder = Recorder(program, objective, with_gradients=mode == "two_sided")
     progress("calibrate", 0, len(batches))
-    with _buffers_restored(program):
+    with program.buffers_kept():
         for done, batch in enumerate(batches):
             recorder.add(batch)
             progress("calibrate", done + 1, len(batches))
@@ -70,6 +68,8 @@ class Recorder(fx.Interpreter):
         self.tokens: dict[str, int] = {}
         self.terms, self.seen_rows = 0.0, 0
         self.dropped: dict[str, int] = {}
+        self.last_bad = ""
+        self.is_mutating = any(_writes_in_place(node) for node in program.graph.nodes)
         for site in self.sites.values():
             rows, columns = site.shape
             self.grams.setdefault(site.input, torch.zeros(columns, columns, dtype=torch.float64))
@@ -89,20 +89,14 @@ class Recorder(fx.Interpreter):
                 bad = int(error.rows.sum())
                 logger.warning("%d calibration rows are not finite at %s and are left out", bad, error.node)
                 self.dropped["not finite"] = self.dropped.get("not finite", 0) + bad
-                if self.dropped["not finite"] > max(1.0, MAX_DROPPED_RATIO * self.seen_rows):
-                    count = self.dropped["not finite"]
-                    raise CalibrationError(
-                        f"{count} of {self.seen_rows} rows give values that are not finite",
-                        where=error.node,
-                        fix="check the data, or run the model in float32",
-                    ) from error
+                self.last_bad = error.node
                 batch = select_rows(batch, ~error.rows)
                 if not bool((~error.rows).any()):
                     return None
 
     def _add_finite(self, batch: Batch) -> None:
         inputs = inputs_of(self.program, batch)
-        self.mask = token_mask(inputs)
+        self.mask = token_mask(batch | inputs)
         self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
@@ -110,9 +104,9 @@ class Recorder(fx.Interpreter):
                 output = self.run(*inputs.values())
             finally:
                 self.env = {}  # its values' hooks hold this object: autograd would keep both for ever
-            self._require_finite("output", *flat_tensors(output))
+            self._require_no_nan(*flat_tensors(output))
             if self.with_gradients:
-                seed, terms = self.objective.gradient_seed(output, batch)
+                seed, terms = self.objective.gradient_seed(output, batch | inputs)
         for (key, _), x in self.captured.items():
             self._add_input(key, x)
         self.captured = {}
@@ -128,7 +122,8 @@ class Recorder(fx.Interpreter):
             return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
         x = self.env[n.args[0]]  # type: ignore[index]
         self._require_finite(n.name, x)
-        self.captured[site.input, _storage(x)] = x.detach()
+        kept = x.detach()
+        self.captured[site.input, (x.data_ptr(), x.numel())] = kept.clone() if self.is_mutating else kept
         value = super().run_node(n)
         if not self.with_gradients:
             return value
@@ -151,11 +146,23 @@ class Recorder(fx.Interpreter):
                     node, bad if bad is not None else torch.ones(self.rows, dtype=torch.bool)
                 )
 
+    def _require_no_nan(self, *outputs: Tensor) -> None:
+        """Infinite outputs may be the model's own way to say never; NaN is nobody's."""
+        for value in outputs:
+            if value.is_floating_point():
+                self._require_finite("output", torch.where(torch.isinf(value), 0.0, value))
+
     def _valid(self, value: Tensor) -> Tensor:
+        """Rows of a (batch, sequence, n), (sequence, batch, n) or (batch · sequence, n) tensor without padding."""
         flat = value.reshape(-1, value.shape[-1])
-        if self.mask is None or flat.shape[0] != self.mask.numel():
+        if self.mask is None:
             return flat
-        return flat[self.mask.reshape(-1)]
+        for mask in (self.mask, self.mask.T):
+            if value.shape[:-1] == mask.shape:
+                return flat[mask.reshape(-1)]
+        if value.dim() == 2 and value.shape[0] == self.mask.numel():
+            return flat[self.mask.reshape(-1)]
+        return flat
 
     def _add_input(self, key: str, x: Tensor) -> None:
         rows = _wide(self._valid(x))
@@ -171,6 +178,15 @@ class Recorder(fx.Interpreter):
 
     def moments(self, mode: Mode) -> Moments:
         """What was summed, divided by the numbers of tokens and loss terms."""
+        lost = self.dropped.get("not finite", 0)
+        if lost > max(1.0, MAX_DROPPED_RATIO * self.seen_rows):
+            raise CalibrationError(
+                f"{lost} of {self.seen_rows} rows give values that are not finite",
+                where=self.last_bad,
+                fix="check the data, or run the model in float32",
+            )
+        if self.with_gradients and self.terms <= 0.0:
+            raise CalibrationError("the calibration data has no loss term", fix="pass longer texts")
         if not any(self.tokens.values()):
             raise CalibrationError(
                 "no token reached any site", fix="pass calibration data that is not all padding"
@@ -199,8 +215,8 @@ class Recorder(fx.Interpreter):
         return fill_lower(mean if self.is_wide else mean.float())
 
 
-def _storage(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.numel()
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _wide(rows: Tensor) -> Tensor:
@@ -217,14 +233,3 @@ def _add_scaled(total: Tensor, rows: Tensor) -> None:
     add_gram(part, rows / scale)
     total += part * scale * scale
     return None
-
-
-@contextmanager
-def _buffers_restored(program: Program) -> Iterator[None]:
-    """Buffers that the graph writes to are put back bit for bit."""
-    saved = [(buffer, buffer.clone()) for buffer in program.graph_module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in saved:
-            buffer.copy_(value)

@@ -41,7 +41,8 @@ def run_passes(program: Program, passes: Iterable[Pass], written: Iterable[Key[A
         try:
             changed |= item.run(program)
             program.check()
-        except GeofxError:
+        except GeofxError as error:
+            error.add_note(f"in pass {item.name!r}, after {', '.join(done) or 'none'}")
             raise
         except Exception as error:
             already = ", ".join(done) or "none"

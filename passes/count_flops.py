@@ -31,10 +31,11 @@ def count_flops(program: Program) -> tuple[float, dict[str, float]]:
     """(flops per token, weight -> rows per token), by running the example under FlopCounterMode.
 
     A token is one entry of a two-dimensional integer input, or one row of the batch where there is none.
-    A multiply-add is 2 flops.
+    A multiply-add is 2 flops. Products inside
+    fused attention kernels that torch has no formula for are not counted.
     """
     counter, flops = _RowCounter(program), FlopCounterMode(display=False)
-    with torch.no_grad(), flops:
+    with torch.no_grad(), program.buffers_kept(), flops:
         counter.run(*program.example.values())
     tokens = tokens_of(program)
     return flops.get_total_flops() / tokens, {name: rows / tokens for name, rows in counter.rows.items()}

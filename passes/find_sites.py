@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from geofx.annotations import SITE, Key
+from geofx.linalg import FULL_DECOMPOSITION_LIMIT
 from geofx.program import Program
 from geofx.site import Site, Skip
 
@@ -120,6 +121,9 @@ def _refusal(value: Tensor) -> tuple[str, str] | None:
     if value.dtype not in _DTYPES:
         quantized = not value.is_floating_point() and not value.is_complex()
         return "QUANTIZED_WEIGHT" if quantized else "UNSUPPORTED_DTYPE", str(value.dtype)
+    if max(value.shape) > FULL_DECOMPOSITION_LIMIT:
+        side = max(value.shape)
+        return "TOO_LARGE", f"moments of a side of {side} would take {8 * side**2 / 1e9:.1f} GB"
     if min(value.shape) < 2:
         return "TOO_SMALL", f"shape {tuple(value.shape)}"
     if not torch.isfinite(value).all():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from geofx.annotations import REWRITE, SITE, Key, Rewrite
+from geofx.annotations import REWRITE, SENSITIVITY, SITE, Key, Rewrite
 from geofx.factorizations import Dense, Factorization, Factors
 from geofx.program import Program
 
@@ -66,7 +66,9 @@ def _lower_node(
             result = graph.call_function(aten.add.Tensor, (result, node.args[2]))
             result.meta["val"] = value
     REWRITE.set(result, Rewrite(weight, factorization.name))
-    SITE.set(result, SITE.get(node))
+    for key in (SITE, SENSITIVITY):
+        if key.name in node.meta:
+            result.meta[key.name] = node.meta[key.name]
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

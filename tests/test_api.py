@@ -130,6 +130,25 @@ def test_row_8_a_pattern_may_name_what_cannot_be_factorized(llama: geofx.Analysi
     reasons = {rejection.region: rejection.reason for rejection in plan.rejections}
     assert reasons["model.embed_tokens.weight"] == "TIED_EMBEDDING"
     assert plan.rewritten
+    assert llama.plan(geofx.Budget(size=0.9, scope="factorizable"), ignore="lm_head").choices == plan.choices
+
+
+def test_a_pattern_that_matches_nothing_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geofx.api.trace", lambda *args: pytest.fail("traced"))
+    with pytest.raises(ConfigError, match="nearest"):
+        geofx.optimize(
+            tiny_models.build("llama"),
+            geofx.Budget(size=0.9),
+            calibration=batches_for("llama"),
+            ignore="haed",
+        )
+
+
+def test_a_model_without_matmuls_is_said_so() -> None:
+    with pytest.raises(ConfigError, match=r"no matmul to factorize .*UNSUPPORTED_OP"):
+        geofx.optimize(
+            nn.Sequential(nn.Conv2d(3, 4, 3)), geofx.Budget(size=0.9), calibration=[torch.randn(4, 3, 8, 8)]
+        )
 
 
 def test_rows_56_and_61_few_samples_shrink_the_moments_and_the_promise_stays_honest() -> None:

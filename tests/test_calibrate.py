@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from geofx.passes.analyse import analyse
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
-from geofx.passes.find_sites import FindSites
+from geofx.passes.find_regions import find_regions
+from geofx.passes.find_sites import FindSites, sites_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -154,6 +156,9 @@ def test_modes_say_what_they_lose() -> None:
         assert bool(analysis.moments.inputs) == (mode != "data_free")
         result = analysis.apply(analysis.plan(geofx.Budget(size=0.8, scope="factorizable")))
         assert result.plan.unit == units[mode]
+        if mode != "two_sided":
+            with pytest.raises(ConfigError, match="needs its gradients"):
+                analysis.plan(geofx.Budget(loss=0.1))
     assert len(set(units.values())) == 3
 
 
@@ -243,12 +248,74 @@ def test_row_58_outlier_channels_keep_the_small_ones_exact() -> None:
     torch.testing.assert_close(first[6:, 6:], expected[6:, 6:], rtol=1e-4, atol=1e-5)
 
 
-def test_row_57_a_site_that_no_token_reaches_is_factorized_without_data() -> None:
-    weight = torch.randn(8, 6)
+class Blind(nn.Module):
+    """Layers whose output the loss never sees, or that only ever see zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.unread, self.dead = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        unread = self.unread(x)
+        return self.seen(x) + 0.0 * unread + self.dead(0.0 * x)
+
+
+def test_rows_41_and_57_a_site_without_signal_stays_dense() -> None:
+    """Its predicted loss would be 0 at every rank, and the planner would wipe it for nothing."""
+    torch.manual_seed(0)
+    analysis = geofx.analyze(Blind(), [torch.randn(32, 8) for _ in range(4)])
+    assert {(skip.weight, skip.reason) for skip in analysis.skips} == {
+        ("unread.weight", "NO_SIGNAL"),
+        ("dead.weight", "NO_SIGNAL"),
+    }
+    assert list(analysis.regions) == ["seen.weight"]
+
+
+def test_rows_41_and_57_a_site_without_tokens_stays_dense() -> None:
     empty = Moments(inputs={"x": torch.zeros(6, 6)}, tokens={"x": 0}, input_of={"w": "x"}, mode="forward")
     assert empty.input_moment("w") is None
-    assert empty.output_moment("w") is None
-    assert weight is not None
+    _, program = program_of("mlp")
+    moments = Moments(tokens={}, mode="forward")
+    found, skips = analyse(program, find_regions(sites_of(program)), moments)
+    assert not found
+    assert {skip.reason for skip in skips} == {"NO_CALIBRATION"}
+
+
+def test_in_place_changes_of_a_sites_input_do_not_reach_its_moments() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1.0
+            y = self.first(h)
+            h.add_(100.0)
+            return self.second(h) + y
+
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    program = trace(InPlace().eval(), x)
+    run_passes(program, [Canonicalize(), FindSites()])
+    moments = calibrate(program, [{"x": x}], SquaredError(), mode="forward")
+    expected = x.T @ x / 40
+    torch.testing.assert_close(moments.input_moment("first.weight"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_under_another_name_are_found_by_the_table_they_are_looked_up_in() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+
+        def forward(self, idx: Tensor) -> Tensor:
+            return self.head(torch.cumsum(self.table(idx), 1))
+
+    torch.manual_seed(0)
+    batches = [{"idx": torch.randint(0, 50, (4, 12))} for _ in range(4)]
+    analysis = geofx.analyze(Small(), batches)
+    assert analysis.objective == NextToken("idx")
+    result = analysis.apply(analysis.plan(geofx.Budget(size=0.9, scope="factorizable")))
+    assert result.fidelity.kl is not None
 
 
 def test_row_46_buffers_are_restored_bit_for_bit() -> None:
@@ -265,8 +332,13 @@ def test_row_46_buffers_are_restored_bit_for_bit() -> None:
     model = Counter().eval()
     x = torch.randn(8, 4)
     analysis = geofx.analyze(model, [x, x, x])
+    result = analysis.apply(analysis.plan(geofx.Budget(size=1.0)))
     assert analysis.moments.loss_terms > 0
     assert model.seen.item() == 0.0
+    assert analysis.original.weight("seen").item() == 0.0
+    assert result.program.weight("seen").item() == 0.0
+    result(x)
+    assert result.program.weight("seen").item() == 1.0
 
 
 def test_row_65_the_same_seed_gives_the_same_plan() -> None:

@@ -20,7 +20,7 @@ def gram(size: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def test_row_66_values_that_are_not_finite_raise_where_lapack_is_silent(bad: float) -> None:
     matrix = torch.eye(4)
     matrix[1, 2] = bad
-    for solve in (linalg.svd, linalg.eigh_psd, lambda m: truncate(m, Metric())):
+    for solve in (linalg.eigh_psd, lambda m: truncate(m, Metric())):
         with pytest.raises(NumericsError, match="not finite"):
             solve(matrix)
 
@@ -32,15 +32,13 @@ def test_row_67_a_solver_that_fails_hands_over_to_the_next(monkeypatch: pytest.M
         raise torch.linalg.LinAlgError("did not converge")
 
     expected = torch.linalg.svdvals(matrix)
-    monkeypatch.setattr(torch.linalg, "svd", fail)
     monkeypatch.setattr(torch.linalg, "eigh", fail)
-    left, values, right = linalg.svd(matrix)
+    values, vectors = linalg.eigh_psd(matrix)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(left @ torch.diag(values) @ right, matrix, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(linalg.eigh_psd(matrix)[0], expected, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(scipy.linalg, "svd", fail)
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, matrix, rtol=1e-12, atol=1e-13)
+    monkeypatch.setattr(scipy.linalg, "eigh", fail)
     with pytest.raises(NumericsError, match="no solver converged"):
-        linalg.svd(matrix)
+        linalg.eigh_psd(matrix)
 
 
 def test_row_67_a_solver_that_returns_nan_hands_over_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +106,7 @@ def test_row_81_signs_and_plans_do_not_depend_on_threads() -> None:
 def test_row_75_matrices_beyond_lapack_are_refused_by_shape() -> None:
     huge = torch.empty(1, 1).expand(linalg.FULL_DECOMPOSITION_LIMIT + 1, 2)
     with pytest.raises(NumericsError, match="beyond the dense solvers"):
-        linalg._first_that_converges(huge, linalg._SVD_LADDER, "huge")
+        linalg._first_that_converges(huge, linalg._EIGH_LADDER, "huge")
 
 
 @pytest.mark.parametrize("block", [1, 3, 384])

@@ -315,6 +315,39 @@ def test_arguments_are_bound_like_the_models() -> None:
             call()
 
 
+def test_inputs_are_bound_in_the_order_of_forward_whatever_the_examples() -> None:
+    """Tokenizers give token_type_ids before the mask, forward takes them after it."""
+    model = tiny_models.build("bert")
+    inputs = tiny_models.example("bert")
+    kinds = torch.zeros_like(inputs["input_ids"])
+    shuffled = {
+        "token_type_ids": kinds,
+        "attention_mask": inputs["attention_mask"],
+        "input_ids": inputs["input_ids"],
+    }
+    program = trace(model, shuffled)
+    assert program.input_names == ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        expected = model(inputs["input_ids"], inputs["attention_mask"], kinds)[0]
+        assert torch.equal(program(inputs["input_ids"], inputs["attention_mask"], kinds)[0], expected)
+
+
+def test_nested_tensors_in_the_example_are_refused_not_baked_in() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
+            return x + more[0]
+
+    with pytest.raises(CaptureError, match="'more' is a nest of tensors"):
+        trace(Pair(), {"x": torch.ones(2, 2), "more": [torch.ones(2, 2)]})
+
+
+def test_dropout_that_was_exported_switched_on_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    exported = torch.export.export(model, (torch.randn(3, 4),))
+    with pytest.raises(CaptureError, match="dropout is on"):
+        trace(exported, torch.randn(3, 4))
+
+
 def test_the_model_is_not_changed(name: str) -> None:
     model = tiny_models.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
