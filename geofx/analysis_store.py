@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from geofx import strict_json
 from geofx.batches import Batch
-from geofx.errors import ArtifactCorruptError
+from geofx.errors import ArtifactCorruptError, ArtifactVersionError, GeofxError
 from geofx.folder import MANIFEST, real_folder, write_folder
+from geofx.graph_json import constant_from_json, constant_to_json
 from geofx.linalg import pack_symmetric, unpack_symmetric
-from geofx.moments import Moments
+from geofx.moments import Mode, Moments
 from geofx.objective import NextToken, Objective, SquaredError
 from geofx.spectrum import Spectrum
 from geofx.tensor_file import describe, read_tensors, storable, write_tensors
@@ -28,11 +30,38 @@ TENSORS = "analysis.safetensors"
 SCHEMA_VERSION = 1
 
 
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """The manifest of an analysis folder."""
+
+    schema_version: int
+    model_hash: str
+    objective: str
+    seed: int
+    mode: Mode
+    unit: str
+    input_of: dict[str, str]
+    tokens: dict[str, int]
+    loss_terms: int
+    dropped: dict[str, int]
+    holdout_is_calibration: bool
+    constants: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, str]]
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+
 def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the folder ``path``: symmetric matrices as triangles, hashed, all or nothing.
 
+    It holds the example and the held-out batches as they are, which later budgets are verified on.
+
     Raises:
-        ArtifactError, ResourceError: the folder cannot be written.
+        ArtifactError, ResourceError: the folder cannot be written, or a batch holds more than plain data.
     """
     tensors = storable(_tensors_of(analysis))
     moments = analysis.moments
@@ -47,6 +76,12 @@ def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = Fal
         "tokens": dict(moments.tokens),
         "loss_terms": moments.loss_terms,
         "dropped": dict(moments.dropped),
+        "holdout_is_calibration": getattr(analysis, "holdout_is_calibration", False),
+        "constants": {
+            name: constant_to_json(value, name)
+            for name, value in _batch_values(analysis)
+            if not isinstance(value, Tensor)
+        },
         "tensors": describe(tensors),
     }
 
@@ -69,6 +104,7 @@ class StoredAnalysis:
     spectra: Mapping[str, Spectrum]
     example: Batch
     holdout: list[Batch]
+    holdout_is_calibration: bool
     objective: Objective | None
 
 
@@ -76,20 +112,35 @@ def read_analysis(path: str | Path) -> StoredAnalysis:
     """What `save_analysis` wrote, hash checked; ``objective`` is None where it was a loss of the user's own.
 
     Raises:
+        ArtifactVersionError: a newer geofx wrote it.
         ArtifactCorruptError: the folder is damaged.
     """
-    meta, stored = _read(real_folder(path))
+    root = real_folder(path)
+    try:
+        return _stored(*_read(root))
+    except GeofxError:
+        raise
+    except _MALFORMED as error:
+        reason = " ".join(str(error).split())[:200]
+        what = f"not a saved analysis: {type(error).__name__}: {reason}"
+        raise ArtifactCorruptError(what, where=str(root), fix="analyze again") from error
+
+
+def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
     kinds: dict[str, Objective] = {
         NextToken.__name__: NextToken(),
-        SquaredError.__name__: SquaredError(int(meta["seed"])),
+        SquaredError.__name__: SquaredError(meta.seed),
     }
+    constants = {name: constant_from_json(value) for name, value in meta.constants.items()}
+    (example,) = _batches({**stored, **constants}, "example")
     return StoredAnalysis(
-        model_hash=str(meta["model_hash"]),
+        model_hash=meta.model_hash,
         moments=_moments(meta, stored),
         spectra={name: Spectrum(value.numpy()) for name, value in _group(stored, "spectrum").items()},
-        example=_batches(stored, "example")[0],
-        holdout=_batches(stored, "holdout"),
-        objective=kinds.get(meta["objective"]),
+        example=example,
+        holdout=_batches({**stored, **constants}, "holdout"),
+        holdout_is_calibration=meta.holdout_is_calibration,
+        objective=kinds.get(meta.objective),
     )
 
 
@@ -102,34 +153,38 @@ def _tensors_of(analysis: Analysis) -> dict[str, Tensor]:
         f"spectrum/{name}": torch.from_numpy(region.spectrum.squares)
         for name, region in analysis.regions.items()
     }
-    for kind, batches in (("example", [dict(analysis.original.example)]), ("holdout", analysis.holdout)):
+    return found | {name: value for name, value in _batch_values(analysis) if isinstance(value, Tensor)}
+
+
+def _batch_values(analysis: Analysis) -> Iterator[tuple[str, Any]]:
+    """``(kind/index/name, value)`` of everything in the example and the held-out batches."""
+    for kind, batches in (("example", [analysis.original.example]), ("holdout", analysis.holdout)):
         for index, batch in enumerate(batches):
-            found |= {
-                f"{kind}/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)
-            }
-    return found
+            for name, value in batch.items():
+                yield f"{kind}/{index}/{name}", value
 
 
-def _read(root: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    meta = strict_json.loads((root / MANIFEST).read_bytes(), MANIFEST)
-    try:
-        digest, expected = meta["files"][TENSORS]["sha256"], meta["tensors"]
-        if meta["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema {meta['schema_version']}")
-    except (LookupError, TypeError, ValueError) as error:
-        raise ArtifactCorruptError(f"not a saved analysis: {error}", where=str(root)) from error
-    if hashlib.sha256((root / TENSORS).read_bytes()).hexdigest() != digest:
+def _read(root: Path) -> tuple[_Meta, dict[str, Tensor]]:
+    text = (root / MANIFEST).read_bytes()
+    data = strict_json.loads(text, MANIFEST)
+    if not isinstance(data, dict) or type(data.get("schema_version")) is not int or "mode" not in data:
+        raise ValueError("the manifest is that of something else")
+    if data["schema_version"] > SCHEMA_VERSION:
+        what = f"an analysis with schema {data['schema_version']}; this geofx reads up to {SCHEMA_VERSION}"
+        raise ArtifactVersionError(what, where=str(root), fix="install a newer geofx")
+    meta = TypeAdapter(_Meta).validate_json(text)
+    if hashlib.sha256((root / TENSORS).read_bytes()).hexdigest() != meta.files[TENSORS]["sha256"]:
         raise ArtifactCorruptError(f"{TENSORS} is damaged", where=str(root), fix="analyze again")
-    return meta, read_tensors(root / TENSORS, expected)
+    return meta, read_tensors(root / TENSORS, meta.tensors)
 
 
-def _group(stored: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _group(stored: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {
         name.removeprefix(f"{kind}/"): value for name, value in stored.items() if name.startswith(f"{kind}/")
     }
 
 
-def _batches(stored: Mapping[str, Tensor], kind: str) -> list[Batch]:
+def _batches(stored: Mapping[str, Any], kind: str) -> list[Batch]:
     found: dict[int, Batch] = {}
     for name, value in _group(stored, kind).items():
         index, _, key = name.partition("/")
@@ -137,15 +192,19 @@ def _batches(stored: Mapping[str, Tensor], kind: str) -> list[Batch]:
     return [found[index] for index in sorted(found)]
 
 
-def _moments(meta: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Moments:
+def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
+    inputs, means = _group(stored, "input"), _group(stored, "mean")
+    missing = {key for key, count in meta.tokens.items() if count > 0} - (inputs.keys() & means.keys())
+    if missing:
+        raise ValueError(f"no moments of {sorted(missing)[0]!r}")
     return Moments(
-        inputs={key: unpack_symmetric(value) for key, value in _group(stored, "input").items()},
-        means=_group(stored, "mean"),
+        inputs={key: unpack_symmetric(value) for key, value in inputs.items()},
+        means=means,
         outputs={key: unpack_symmetric(value) for key, value in _group(stored, "output").items()},
-        input_of=meta["input_of"],
-        tokens=meta["tokens"],
-        loss_terms=meta["loss_terms"],
-        mode=meta["mode"],
-        unit=meta["unit"],
-        dropped=meta["dropped"],
+        input_of=meta.input_of,
+        tokens=meta.tokens,
+        loss_terms=meta.loss_terms,
+        mode=meta.mode,
+        unit=meta.unit,
+        dropped=meta.dropped,
     )

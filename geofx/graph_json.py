@@ -122,6 +122,20 @@ def _program(data: Any, tensors: Mapping[str, Tensor]) -> Program:
     return program
 
 
+def constant_to_json(value: Any, where: str) -> Any:
+    """A value without tensors as JSON, such as a flag among a batch's inputs.
+
+    Raises:
+        ArtifactError: it is not plain data.
+    """
+    return _encode(value, where)
+
+
+def constant_from_json(value: Any) -> Any:
+    """Inverse of `constant_to_json`; ValueError, TypeError or LookupError for what it never gives."""
+    return _decode(value, _no_node, _no_tensor)
+
+
 # --- tensors
 
 

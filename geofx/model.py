@@ -31,7 +31,8 @@ class OptimizedModel:
         report: original against optimized, as figures.
         fidelity: measured on held-out data; None where there was none.
         rewrites: weight name -> the format as fitted and its factors.
-        module: the user's own module, never changed; what was not rewritten is shared with it. None after `load`.
+        module: the user's own module, never changed, and sharing with the graph what is not rewritten;
+            None after `load`.
         config: the Hugging Face configuration, if the model had one.
         files: further files that `save` keeps, such as the tokenizer's.
         rebuild: makes ``module`` anew where it is None; None where geofx does not know its class.
