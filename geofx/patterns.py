@@ -26,7 +26,6 @@ def matching(
     names: Iterable[str],
     include: Iterable[str] | str = (),
     ignore: Iterable[str] | str = (),
-    allow_unmatched: bool = False,
 ) -> tuple[str, ...]:
     """{n in names: (no include, or some include matches n) and no ignore matches n}, in order.
 
@@ -34,12 +33,11 @@ def matching(
     ``lm_head.``, or ``re:`` and a regular expression that must match the whole name.
 
     Raises:
-        ConfigError: a pattern matches none of ``names`` (unless allowed), or is no usable pattern.
+        ConfigError: a pattern matches none of ``names``, or is no usable pattern.
     """
     known = tuple(names)
     included, ignored = (
-        {pattern: _matches(pattern, known, allow_unmatched) for pattern in _listed(patterns)}
-        for patterns in (include, ignore)
+        {pattern: _matches(pattern, known) for pattern in _listed(patterns)} for patterns in (include, ignore)
     )
     wanted = set().union(*included.values()) if included else set(known)
     unwanted = set().union(*ignored.values())
@@ -57,7 +55,7 @@ def _listed(patterns: Iterable[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _matches(pattern: str, names: Sequence[str], allow_unmatched: bool) -> set[str]:
+def _matches(pattern: str, names: Sequence[str]) -> set[str]:
     test, deadline = _compiled(pattern), time.monotonic() + MAX_SECONDS
     found = set()
     for name in names:
@@ -65,7 +63,7 @@ def _matches(pattern: str, names: Sequence[str], allow_unmatched: bool) -> set[s
             found.add(name)
         if time.monotonic() > deadline:
             raise _unusable(pattern, "takes too long to match")
-    if not found and not allow_unmatched:
+    if not found:
         prefixes = (
             ".".join(name.split(".")[:stop]) for name in names for stop in range(name.count(".") + 1, 0, -1)
         )
@@ -110,11 +108,6 @@ def _children(argument: Any) -> Iterator[Any]:
     elif isinstance(argument, tuple | list):
         for part in argument:
             yield from _children(part)
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:stop]) for stop in range(len(parts), 0, -1))
 
 
 def _unusable(pattern: object, why: str) -> ConfigError:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Passes: whatever touches a graph, from canonical form to cleanup, in the order of `geofx.api`."""

@@ -22,7 +22,7 @@ from geofx.errors import ConfigError, ExportError, MissingDependencyError, Resou
 from geofx.export import onnx as onnx_export
 from geofx.export.cases import Case, make_cases, require_equal, shortened
 from geofx.export.onnx import OnnxReport, to_onnx
-from geofx.export.onnx_runtime import OnnxRunner, run_onnx
+from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import staging
 from geofx.factorizations import Factorization, Factors, GaugeFixed, LowRank
 from geofx.program import Program
@@ -112,8 +112,8 @@ def test_llama_with_padded_row_at_all_shapes(llama: tuple[Program, OnnxReport]) 
     assert list(report.differences)[1:3] == ["batch=1, sequence=7", "batch=2, sequence=1"]
     ids = torch.randint(1, 200, (5, 23))
     expected = program(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    actual = run_onnx(report.path, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    torch.testing.assert_close(actual["logits"], expected, rtol=1e-4, atol=1e-5)
+    actual = OnnxRunner(report.path)({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    torch.testing.assert_close(actual[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gpt2_with_conv1d(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_rows_97_100_replacing_an_export_leaves_one_whole_export(tmp_path: Path,
     assert first.size_bytes != second.size_bytes
     assert len(list(tmp_path.iterdir())) == 3, "the old data is gone, the user's file is not"
     x = torch.randn(2, 24)
-    torch.testing.assert_close(run_onnx(second.path, {"input": x})["output"], other(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(OnnxRunner(second.path)({"input": x})[0], other(x), rtol=1e-4, atol=1e-5)
 
 
 def test_row_97_failure_midway_leaves_the_old_export(

@@ -52,12 +52,6 @@ class OnnxRunner:
         return [torch.from_numpy(array) for array in self.session.run(None, arrays)]
 
 
-def run_onnx(path: str | Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs by name for one set of ``inputs``."""
-    runner = OnnxRunner(path)
-    return dict(zip(runner.output_names, runner(inputs), strict=True))
-
-
 def optimized_weight_bytes(path: Path) -> int:
     """Bytes of weights in the graph that ONNX Runtime has optimized, the larger of its portable levels."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
