@@ -13,6 +13,17 @@ from geofx.program import Program
 
 Batch = dict[str, Any]
 
+aten = torch.ops.aten
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+)
+
 HOLDOUT_RATIO = 0.125
 """Share of the calibration batches kept for verification when no held-out data is given."""
 
@@ -120,11 +131,19 @@ def _rows(batch: Batch) -> int:
 
 
 def vocabularies(program: Program) -> dict[str, int]:
-    """Input name -> rows of the table that it is looked up in."""
-    found: dict[str, int] = {}
+    """Input name -> rows of the table that it is looked up in, reshapes and casts between seen through."""
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for name, node in zip(program.input_names, placeholders, strict=True):
-        for user in node.users:
-            if user.target is torch.ops.aten.embedding.default and user.args[1] is node:
-                found[name] = program.weight(str(user.args[0].target)).shape[0]
+    names = dict(zip(placeholders, program.input_names, strict=True))
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.target is aten.embedding.default and node.args[0].op == "get_attr":
+            name = names.get(_behind_views(node.args[1]))
+            if name is not None:
+                found[name] = program.weight(str(node.args[0].target)).shape[0]
     return found
+
+
+def _behind_views(node: Any) -> Any:
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]
+    return node
