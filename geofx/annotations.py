@@ -72,9 +72,13 @@ REWRITE = Key("geofx.rewrite", Rewrite, "lower")
 KEYS: tuple[Key[Any], ...] = (SITE, SENSITIVITY, REWRITE)
 
 
+NOTES = "geofx.notes"
+"""Key of what a saved graph remembers of its annotations: flat, as `annotations_of` gives it."""
+
+
 def annotations_of(node: fx.Node) -> dict[str, Any]:
     """All geofx records on a node, flattened to ``"site.weight": ...`` for graph tools."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = dict(node.meta.get(NOTES, {}))
     for key in KEYS:
         record = node.meta.get(key.name)
         if is_dataclass(record) and not isinstance(record, type):

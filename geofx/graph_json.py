@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
+from geofx.annotations import NOTES, annotations_of
 from geofx.errors import ArtifactCorruptError, ArtifactError, GeofxError
 from geofx.graph_ops import function_name, named_function
 from geofx.graph_tree import input_specs, inputs_spec, tree_from_json, tree_to_json
@@ -20,6 +21,7 @@ from geofx.program import Program
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (str, int, float)
 EXAMPLE_PREFIX = "example/"
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PART = re.compile(r"[\w\-+:/@ ]+")
@@ -80,7 +82,7 @@ def graph_tensors(program: Program) -> dict[str, Tensor]:
 
 
 def graph_from_json(data: Any, tensors: Mapping[str, Tensor]) -> Program:
-    """The Program that `graph_to_json` and `graph_tensors` took apart; node metadata is not restored.
+    """The Program that `graph_to_json` and `graph_tensors` took apart; of node metadata, what geofx noted.
 
     Raises:
         ArtifactCorruptError: the data is not such a graph, or its tensors are not exactly ``tensors``.
@@ -206,6 +208,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         "target": target,
         "args": [_encode(value, node.name) for value in node.args],
         "kwargs": {name: _encode(value, node.name) for name, value in node.kwargs.items()},
+        "notes": {name: value for name, value in annotations_of(node).items() if isinstance(value, _PLAIN)},
     }
 
 
@@ -220,11 +223,18 @@ def _graph(data: Any, attributes: Mapping[str, Any]) -> fx.Graph:
             for key, value in entry["kwargs"].items()
         }
         made[name] = graph.create_node(op, _target(op, target, attributes), args, kwargs, name=name)
+        made[name].meta[NOTES] = _notes(entry["notes"])
         if made[name].name != name:
             raise ValueError(f"node name {name!r} cannot be used")
     if [entry["op"] == "output" for entry in data].index(True) != len(data) - 1:
         raise ValueError("the output is not the last node")
     return graph
+
+
+def _notes(data: Any) -> dict[str, Any]:
+    if not all(isinstance(value, _PLAIN) for value in data.values()):
+        raise ValueError("a note is not a plain value")
+    return dict(data)
 
 
 def _target(op: str, target: Any, attributes: Mapping[str, Any]) -> Any:
