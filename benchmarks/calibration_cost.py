@@ -2,7 +2,7 @@
 
     python benchmarks/calibration_cost.py --model smollm2 --text wikitext-2-raw-valid.txt
 
-Two yardsticks: the ordinary backward, which also makes weight gradients, and one through the activations only.
+Two yardsticks: the ordinary backward, which also makes weight gradients, and one through activations only.
 """
 
 from __future__ import annotations

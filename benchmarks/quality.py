@@ -137,7 +137,8 @@ def print_table(rows: list[dict[str, object]]) -> None:
         perplexity = f"{row['perplexity']:.4g}" if row["perplexity"] else "-"
         print(
             f"| {row['rung']} | {row['keep']} | {row['kept']:.4f} | {row['bytes'] / 1e6:.1f} | "
-            f"{perplexity} | {row['loss_increase']:.4f} | {row['predicted']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} |"
+            f"{perplexity} | {row['loss_increase']:.4f} | {row['predicted']:.4f} | {row['kl']:.4f} | "
+            f"{row['top1']:.3f} |"
         )
 
 

@@ -39,7 +39,7 @@ class Roofline:
 
 
 def measured_device(size: int = 1024) -> Device:
-    """This machine's CPU, by medians: a square matmul, a copy far larger than a cache, and a tiny addition."""
+    """This machine's CPU, by medians: a square matmul, a copy larger than any cache, and a tiny addition."""
     square, small = torch.rand(size, size), torch.rand(1)
     source = torch.rand(32 * 2**20 // 4)
     target = torch.empty_like(source)

@@ -20,7 +20,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time one block; nothing is recorded where it fails, and what followed an earlier ``name`` is forgotten."""
+        """Time one block, recorded unless it fails; what followed an earlier ``name`` is forgotten."""
         names = [stage.name for stage in self.done]
         if name in names:
             del self.done[names.index(name) :]

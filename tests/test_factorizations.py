@@ -212,7 +212,7 @@ def test_row_72_factors_of_a_large_half_weight_stay_finite_because_they_are_bala
 
 
 def test_gauge_without_a_regular_window_is_refused() -> None:
-    """Every other output is dead, so eight neighbours span less than rank eight: an error, not a bad model."""
+    """Every other output is dead, so eight neighbours have no rank of eight: an error, not a bad model."""
     weight = random_weight()
     weight[::2] = 0.0
     analysis = analysis_of(weight, metric=Metric())

@@ -35,7 +35,8 @@ LAYERS = (
     "geofx.workload",
     "geofx.factorizations geofx.ops",
     "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry",
-    "geofx.budget geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency geofx.strict_json",
+    "geofx.budget geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
+    "geofx.strict_json",
     "geofx.errors",
 )
 """Top to bottom; a module may import its own row and those below it."""

@@ -124,7 +124,7 @@ def test_packing_is_inverted() -> None:
 
 
 def test_shrinkage_follows_the_number_of_samples() -> None:
-    """Ledoit and Wolf: identity moments of n dims from T samples shrink by n / T, rank-one moments by 1 / T."""
+    """Ledoit and Wolf: identity moments of n dims from T samples shrink by n / T, rank-one ones by 1 / T."""
     assert sampling_share(torch.eye(50), 1000, 1e-4) == pytest.approx(0.05)
     assert sampling_share(torch.ones(50, 50), 1000, 1e-4) == pytest.approx(0.001)
     assert sampling_share(torch.eye(50), 10, 1e-4) == 1.0

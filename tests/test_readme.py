@@ -52,7 +52,9 @@ def test_commands_and_their_options_exist(line: str) -> None:
 
 
 def test_the_make_targets_exist() -> None:
-    targets = re.findall(r"^make (\w+)", "\n".join(block for language, block in BLOCKS if not language), re.MULTILINE)
+    targets = re.findall(
+        r"^make (\w+)", "\n".join(block for language, block in BLOCKS if not language), re.MULTILINE
+    )
     assert "demo" in targets
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{target}:", rules, re.MULTILINE) for target in targets)

@@ -1,4 +1,4 @@
-"""The report says what a reader must know: where the model is from, what it weighs, what it was held against."""
+"""The report says what a reader must know: where the model is from, its weight, what it is held against."""
 
 from __future__ import annotations
 
