@@ -127,7 +127,7 @@ def load_analysis(
         raise ArtifactMismatchError(
             "the analysis belongs to other weights", where=str(path), fix="analyze this model"
         )
-    return _assemble(
+    analysis = _assemble(
         original,
         program,
         stored.moments,
@@ -136,9 +136,11 @@ def load_analysis(
         model,
         stages,
         progress,
-        {},
+        files or {},
         stored.spectra,
     )
+    analysis.holdout_is_calibration = stored.holdout_is_calibration
+    return analysis
 
 
 def _canonical(original: Program) -> Program:

@@ -153,7 +153,7 @@ class Recorder(fx.Interpreter):
                 self._require_finite("output", torch.where(torch.isinf(value), 0.0, value))
 
     def _valid(self, value: Tensor) -> Tensor:
-        """Rows of a (batch, sequence, n), (sequence, batch, n) or (batch · sequence, n) tensor, no padding."""
+        """Rows of a (batch, sequence, n), (sequence, batch, n) or (batch · sequence, n), no padding."""
         flat = value.reshape(-1, value.shape[-1])
         if self.mask is None:
             return flat

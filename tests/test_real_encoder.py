@@ -23,7 +23,7 @@ pytestmark = pytest.mark.model
 
 
 def test_a_real_encoder_keeps_its_embeddings(tmp_path: Path) -> None:
-    """At 0.8 of its matmuls the sentence embeddings stay where they were; the prediction leaves out cross-token terms."""
+    """At 0.8 of its matmuls sentence embeddings stay; the prediction leaves out cross-token terms."""
     source = minilm()
     calibration, heldout = (
         list(windows(text, source.tokenizer, length=128, batch_size=8, limit_tokens=tokens))
