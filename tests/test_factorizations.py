@@ -222,6 +222,30 @@ def test_gauge_without_a_regular_window_is_refused() -> None:
     assert torch.isfinite(fitted.to_dense(factors)).all()
 
 
+@pytest.mark.parametrize("start", [0, 5, 16])
+def test_gauge_of_any_window_multiplies_out(start: int) -> None:
+    """Rows start .. start + 8 are the basis, the sixteen others mixtures of it."""
+    generator = torch.Generator().manual_seed(start)
+    basis = torch.randn(8, 20, generator=generator, dtype=torch.float64)
+    factors = {"basis": basis, "mix": torch.randn(16, 8, generator=generator, dtype=torch.float64)}
+    form = GaugeFixed(8, start=start)
+    dense = form.to_dense(factors)
+    assert torch.equal(dense[start : start + 8], basis)
+    for lead in ((3,), (2, 3)):
+        x = torch.randn(*lead, 20, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(form.apply(x, factors), x @ dense.T, rtol=1e-12, atol=1e-12)
+
+
+def test_windows_between_the_ends_are_taken_where_the_ends_are_singular() -> None:
+    weight = random_weight(torch.float64)
+    weight[:4] = 0.0
+    weight[-4:] = 0.0
+    analysis = analysis_of(weight, metric=Metric())
+    fitted, factors = GaugeFixed(8).fit(analysis.weights, analysis)
+    assert 0 < fitted.start < 16
+    assert torch.isfinite(fitted.to_dense(factors)).all()
+
+
 def test_dense_is_an_option_everywhere() -> None:
     analysis = analysis_of(random_weight())
     assert list(Dense.candidates(analysis.region, analysis)) == [Dense()]

@@ -114,9 +114,11 @@ class GaugeFixed:
             return torch.cat([spanned, others], -1).index_select(-1, factors["index"])
         if self.start == 0:
             return torch.cat([spanned, others], -1)
-        if self.start == factors["mix"].shape[0]:
+        last = factors["mix"].shape[0]
+        if self.start == last:
             return torch.cat([others, spanned], -1)
-        return torch.cat([others[..., : self.start], spanned, others[..., self.start :]], -1)
+        before, after = others.narrow(-1, 0, self.start), others.narrow(-1, self.start, last - self.start)
+        return torch.cat([before, spanned, after], -1)
 
     def to_dense(self, factors: Factors) -> Tensor:
         """Rows P are B, the others C B."""
