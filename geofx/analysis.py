@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geofx.analysis_store import save_analysis
+from geofx.analysis_store import StoredAnalysis, save_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
@@ -150,7 +150,16 @@ class Analysis:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write moments, spectra and held-out batches for `geofx.load_analysis`; no weights, no code."""
-        return save_analysis(self, path, overwrite=overwrite)
+        stored = StoredAnalysis(
+            model_hash=self.model_hash,
+            moments=self.moments,
+            spectra={name: region.spectrum for name, region in self.regions.items()},
+            example=dict(self.original.example),
+            holdout=self.holdout,
+            holdout_is_calibration=self.holdout_is_calibration,
+            objective=self.objective,
+        )
+        return save_analysis(stored, path, overwrite=overwrite)
 
     def fit(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
         """Factors of every rewritten region, and the errors of those that have none."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, TypeAdapter
@@ -23,9 +23,6 @@ from geofx.objective import NextToken, Objective, SquaredError
 from geofx.spectrum import Spectrum
 from geofx.tensor_file import describe, read_tensors, storable, write_tensors
 
-if TYPE_CHECKING:
-    from geofx.analysis import Analysis
-
 TENSORS = "analysis.safetensors"
 SCHEMA_VERSION = 1
 
@@ -41,6 +38,7 @@ class _Meta:
     model_hash: str
     objective: str
     seed: int
+    ids: str
     mode: Mode
     unit: str
     input_of: dict[str, str]
@@ -55,7 +53,24 @@ class _Meta:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
-def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True, eq=False)
+class StoredAnalysis:
+    """What an analysis folder holds.
+
+    Attributes:
+        objective: None, on reading, where it was a loss of the user's own.
+    """
+
+    model_hash: str
+    moments: Moments
+    spectra: Mapping[str, Spectrum]
+    example: Batch
+    holdout: list[Batch]
+    holdout_is_calibration: bool
+    objective: Objective | None
+
+
+def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the folder ``path``: symmetric matrices as triangles, hashed, all or nothing.
 
     It holds the example and the held-out batches as they are, which later budgets are verified on.
@@ -70,13 +85,14 @@ def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = Fal
         "model_hash": analysis.model_hash,
         "objective": type(analysis.objective).__name__,
         "seed": getattr(analysis.objective, "seed", 0),
+        "ids": getattr(analysis.objective, "ids", ""),
         "mode": moments.mode,
         "unit": moments.unit,
         "input_of": dict(moments.input_of),
         "tokens": dict(moments.tokens),
         "loss_terms": moments.loss_terms,
         "dropped": dict(moments.dropped),
-        "holdout_is_calibration": getattr(analysis, "holdout_is_calibration", False),
+        "holdout_is_calibration": analysis.holdout_is_calibration,
         "constants": {
             name: constant_to_json(value, name)
             for name, value in _batch_values(analysis)
@@ -93,19 +109,6 @@ def save_analysis(analysis: Analysis, path: str | Path, *, overwrite: bool = Fal
     return write_folder(
         path, files, overwrite=overwrite, needed_bytes=sum(part.nbytes for part in tensors.values())
     )
-
-
-@dataclass(frozen=True, eq=False)
-class StoredAnalysis:
-    """What an analysis folder holds."""
-
-    model_hash: str
-    moments: Moments
-    spectra: Mapping[str, Spectrum]
-    example: Batch
-    holdout: list[Batch]
-    holdout_is_calibration: bool
-    objective: Objective | None
 
 
 def read_analysis(path: str | Path) -> StoredAnalysis:
@@ -128,7 +131,7 @@ def read_analysis(path: str | Path) -> StoredAnalysis:
 
 def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
     kinds: dict[str, Objective] = {
-        NextToken.__name__: NextToken(),
+        NextToken.__name__: NextToken(meta.ids),
         SquaredError.__name__: SquaredError(meta.seed),
     }
     constants = {name: constant_from_json(value) for name, value in meta.constants.items()}
@@ -144,21 +147,18 @@ def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
     )
 
 
-def _tensors_of(analysis: Analysis) -> dict[str, Tensor]:
+def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
     moments = analysis.moments
     found = {f"input/{key}": pack_symmetric(value) for key, value in moments.inputs.items()}
     found |= {f"mean/{key}": value for key, value in moments.means.items()}
     found |= {f"output/{key}": pack_symmetric(value) for key, value in moments.outputs.items()}
-    found |= {
-        f"spectrum/{name}": torch.from_numpy(region.spectrum.squares)
-        for name, region in analysis.regions.items()
-    }
+    found |= {f"spectrum/{name}": torch.from_numpy(value.squares) for name, value in analysis.spectra.items()}
     return found | {name: value for name, value in _batch_values(analysis) if isinstance(value, Tensor)}
 
 
-def _batch_values(analysis: Analysis) -> Iterator[tuple[str, Any]]:
+def _batch_values(analysis: StoredAnalysis) -> Iterator[tuple[str, Any]]:
     """``(kind/index/name, value)`` of everything in the example and the held-out batches."""
-    for kind, batches in (("example", [analysis.original.example]), ("holdout", analysis.holdout)):
+    for kind, batches in (("example", [analysis.example]), ("holdout", analysis.holdout)):
         for index, batch in enumerate(batches):
             for name, value in batch.items():
                 yield f"{kind}/{index}/{name}", value

@@ -6,27 +6,41 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
+from torch import nn
 
 from geofx.artifact import bytes_on_disk
 from geofx.choice import Choice
+from geofx.moments import Moments
 from geofx.plan import Plan
 from geofx.program import Program
+from geofx.region_analysis import RegionAnalysis
 from geofx.report import CalibrationCard, Measured, RegionRow, Report
+from geofx.site import Skip
 from geofx.sources import Source
 from geofx.spectrum import Spectrum
+from geofx.stages import Stages
 from geofx.verify import Fidelity
-
-if TYPE_CHECKING:
-    from geofx.analysis import Analysis
 
 SPECTRUM_POINTS = 64
 """A spectrum in a report is thinned to at most so many values."""
 
 
-def summarize(analysis: Analysis, plan: Plan, program: Program, fidelity: Fidelity | None) -> Report:
+class Analysed(Protocol):
+    """What a report takes from an analysis."""
+
+    original: Program
+    regions: dict[str, RegionAnalysis]
+    skips: list[Skip]
+    moments: Moments
+    module: nn.Module | None
+    stages: Stages
+    holdout_is_calibration: bool
+
+
+def summarize(analysis: Analysed, plan: Plan, program: Program, fidelity: Fidelity | None) -> Report:
     """Original against optimized: bytes, parameters, flops, losses, and a row per region."""
     linear = sum(choice.parameters for choice in plan.choices)
     dense_linear = sum(choice.dense_parameters for choice in plan.choices)
@@ -77,14 +91,14 @@ def with_source(report: Report, source: Source, original: Program, optimized: Pr
     )
 
 
-def _notes(analysis: Analysis) -> Iterator[str]:
-    if getattr(analysis, "holdout_is_calibration", False):
+def _notes(analysis: Analysed) -> Iterator[str]:
+    if analysis.holdout_is_calibration:
         yield "held-out batches are calibration batches: what is measured on them looks better than it is"
     for skip in analysis.skips:
         yield f"{skip.weight}: {skip.reason}: {skip.detail}"
 
 
-def _rows(analysis: Analysis, plan: Plan) -> Iterable[RegionRow]:
+def _rows(analysis: Analysed, plan: Plan) -> Iterable[RegionRow]:
     refused: dict[str, list[str]] = defaultdict(list)
     for rejection in plan.rejections:
         refused[rejection.region].append(

@@ -19,7 +19,8 @@ LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
     "geofx.cli_results geofx.demo geofx.doctor",
     "geofx.api geofx.restore",
-    "geofx.analysis geofx.analysis_store geofx.summary",
+    "geofx.analysis",
+    "geofx.analysis_store geofx.summary",
     "geofx.model geofx.sources geofx.text geofx.gguf_header",
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
     "geofx.artifact geofx.stand_in geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops "
@@ -62,49 +63,39 @@ def layer_of(module: str) -> int:
     return RANK[name]
 
 
-def imports_of(tree: ast.AST) -> list[tuple[str, bool]]:
-    """(geofx module, only for type checking) of every import."""
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    found = []
+def imports_of(tree: ast.AST) -> list[str]:
+    """Every geofx module that is imported, for type checking too."""
+    found: list[str] = []
     known = modules()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("geofx"):
-            for name in node.names:
-                whole = f"{node.module}.{name.name}"
-                found.append((whole if whole in known else str(node.module), id(node) in typing_only))
+            wholes = [f"{node.module}.{name.name}" for name in node.names]
+            found += [whole if whole in known else str(node.module) for whole in wholes]
         elif isinstance(node, ast.Import):
-            found += [
-                (name.name, id(node) in typing_only) for name in node.names if name.name.startswith("geofx")
-            ]
+            found += [name.name for name in node.names if name.name.startswith("geofx")]
     return found
 
 
 @pytest.mark.parametrize(("name", "path"), modules().items(), ids=list(modules()))
 def test_imports_go_down(name: str, path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for imported, typing_only in imports_of(tree):
-        if not typing_only:
-            target = "geofx.__init__" if imported == "geofx" else imported
-            assert layer_of(name) <= layer_of(target), f"{name} imports {imported}, which lies above it"
+    for imported in imports_of(tree):
+        target = "geofx.__init__" if imported == "geofx" else imported
+        assert layer_of(name) <= layer_of(target), f"{name} imports {imported}, which lies above it"
 
 
 @pytest.mark.parametrize(("name", "path"), modules().items(), ids=list(modules()))
 def test_no_geofx_import_inside_a_function(name: str, path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert not [inner for inner, _ in imports_of(node)], f"{name}.{node.name}"
+            assert not imports_of(node), f"{name}.{node.name}"
 
 
 def test_a_contract_never_imports_its_members() -> None:
     for name, path in modules().items():
         if name.endswith(".contract"):
             package = name.removesuffix(".contract")
-            imported = [module for module, _ in imports_of(ast.parse(path.read_text(encoding="utf-8")))]
+            imported = imports_of(ast.parse(path.read_text(encoding="utf-8")))
             assert not [module for module in imported if module.startswith(package)]
 
 
