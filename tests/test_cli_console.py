@@ -75,7 +75,8 @@ def test_progress_on_a_terminal() -> None:
 
 def test_interrupted_from_outside() -> None:
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
         "from geofx import cli\n"
         "def wait(): print('ready', flush=True); time.sleep(60)\n"
         "cli.examination.examine = wait\n"
