@@ -202,7 +202,9 @@ def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
         found["perplexity"] = math.exp(fidelity.loss_optimized)
     if compared:
         found |= {
-            key: value for key, value in dataclasses.asdict(fidelity).items() if isinstance(value, float)
+            key: value
+            for key, value in dataclasses.asdict(fidelity).items()
+            if isinstance(value, float) and key != "parameter_mae"
         }
     return {key: value if value is None or math.isfinite(value) else None for key, value in found.items()}
 

@@ -39,7 +39,7 @@ def region_table(report: Report, most: int) -> Table:
     """The rewritten regions with the largest predicted loss."""
     rewritten = [row for row in report.regions if row.factorization != "dense"]
     dearest = sorted(rewritten, key=lambda row: row.loss or 0.0, reverse=True)[:most]
-    table = _table("region", "form", "rank", "kept", "predicted loss", "sensitivity", "rank for 99 %")
+    table = _table("region", "form", "rank", "kept", "predicted loss", "99 % rank")
     table.columns[1].no_wrap = True
     table.title = f"{len(rewritten)} of {len(report.regions)} regions rewritten; the {len(dearest)} dearest"
     for row in dearest:
@@ -51,7 +51,6 @@ def region_table(report: Report, most: int) -> Table:
             rank,
             in_percent(row.kept_ratio),
             loss,
-            "" if row.sensitivity is None else in_loss(row.sensitivity),
             "" if row.rank_99 is None else str(row.rank_99),
         )
     return table
@@ -68,7 +67,7 @@ def stage_table(report: Report) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(title_justify="left", title_style="bold", header_style="bold")
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=28)
     for name in others:
         table.add_column(name, justify="right", overflow="fold")
     return table

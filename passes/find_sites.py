@@ -95,6 +95,9 @@ def _from_uses(program: Program, name: str, value: Tensor, uses: list[tuple[fx.N
     orientations = {flip for _, flip in linear}
     if len(linear) != len(uses) or len(orientations) != 1:
         return Skip(name, "NON_LINEAR_USE", f"also used by {', '.join(odd) or 'both W and its transpose'}")
+    side = max(value.shape)
+    if side > FULL_DECOMPOSITION_LIMIT:
+        return Skip(name, "TOO_LARGE", f"moments of a side of {side} would take {8 * side**2 / 1e9:.1f} GB")
     transposed = orientations.pop()
     rows, columns = value.shape[::-1] if transposed else value.shape
     site = Site(name, (rows, columns), transposed=transposed, dtype=str(value.dtype).removeprefix("torch."))
@@ -121,9 +124,6 @@ def _refusal(value: Tensor) -> tuple[str, str] | None:
     if value.dtype not in _DTYPES:
         quantized = not value.is_floating_point() and not value.is_complex()
         return "QUANTIZED_WEIGHT" if quantized else "UNSUPPORTED_DTYPE", str(value.dtype)
-    if max(value.shape) > FULL_DECOMPOSITION_LIMIT:
-        side = max(value.shape)
-        return "TOO_LARGE", f"moments of a side of {side} would take {8 * side**2 / 1e9:.1f} GB"
     if min(value.shape) < 2:
         return "TOO_SMALL", f"shape {tuple(value.shape)}"
     if not torch.isfinite(value).all():

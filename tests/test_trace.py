@@ -292,6 +292,17 @@ def test_rows_29_and_45_dtypes_that_cannot_be_factorized(dtype: torch.dtype, rea
     assert (skip.weight, skip.reason) == ("w", reason)
 
 
+def test_a_head_too_large_for_its_moments_is_left_alone() -> None:
+    """A vocabulary of 20,000 would need a gradient moment of 3.2 GB; the table before it is just a table."""
+    model = nn.Sequential(nn.Embedding(20000, 8), nn.Linear(8, 8), nn.Linear(8, 20000))
+    sites, skips = find_sites(canonical(trace(model, torch.zeros(2, 3, dtype=torch.long))))
+    assert [site.weight for site in sites] == ["1.weight"]
+    assert {(skip.weight, skip.reason) for skip in skips} == {
+        ("0.weight", "EMBEDDING"),
+        ("2.weight", "TOO_LARGE"),
+    }
+
+
 def test_row_66_a_weight_with_nan_is_skipped() -> None:
     model = tiny_models.build("mlp")
     with torch.no_grad():
