@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from geofx.passes.calibrate import Recorder
-from geofx.passes.canonicalize import Canonicalize
-from geofx.passes.contract import run_passes
-from geofx.passes.find_sites import FindSites
 from torch.nn import functional
 
 from geofx.batches import Batch
 from geofx.objective import NextToken, next_token_pairs
+from geofx.passes.calibrate import Recorder
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_sites import FindSites
 from geofx.sources import load_source
 from geofx.text import windows
 from geofx.trace import trace

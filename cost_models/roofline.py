@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from geofx.cost_models.contract import Device
 
+from geofx.cost_models.contract import Device
 from geofx.workload import Workload
 
 _REPEATS = 9

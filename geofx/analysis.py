@@ -41,8 +41,8 @@ from geofx.verify import Fidelity, verify
 
 logger = logging.getLogger(__name__)
 
-EDITED = "edited"
-"""Solver status of a plan that was changed by hand."""
+EDITED, CLOSEST = "edited", "closest"
+"""Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
 
 Rewrites = dict[str, tuple[Factorization, Factors]]
 
@@ -287,9 +287,14 @@ def _require_planned(program: Program, plan: Plan) -> None:
             raise VerificationError(
                 f"the result holds {value} ({name}), the plan said {said[name]}", fix="report this as a bug"
             )
-    over = [name for name, limit in plan.limits.items() if (plan.used[name] or 0.0) > limit]
-    if over and plan.solver.status == EDITED:
-        logger.warning("the edited plan exceeds its budget in %s", ", ".join(over))
+    used = plan.used
+    over = [name for name in plan.limits if name in stored and (used[name] or 0) > plan.limits[name]]
+    if over and plan.solver.status in (EDITED, CLOSEST):
+        logger.warning("the plan exceeds its budget in %s", ", ".join(over))
+    elif over:
+        raise VerificationError(
+            f"the result exceeds its budget in {', '.join(over)}", fix="report this as a bug"
+        )
 
 
 def _require_finite_output(program: Program) -> None:

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from geofx.passes.find_sites import linear_nodes
 from torch import Tensor, fx
 
 from geofx.batches import Batch, inputs_of, select_rows, token_mask
@@ -15,6 +14,7 @@ from geofx.errors import CalibrationError
 from geofx.linalg import add_gram, fill_lower
 from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Objective
+from geofx.passes.find_sites import linear_nodes
 from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
 

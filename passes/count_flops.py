@@ -6,10 +6,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from geofx.passes.find_sites import linear_nodes
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from geofx.passes.find_sites import linear_nodes
 from geofx.program import Program
 
 

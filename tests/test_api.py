@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from geofx.passes.contract import run_passes
-from geofx.passes.lower import Lower
 from torch import nn
 
 import geofx
@@ -25,6 +23,8 @@ from geofx.errors import (
     VerificationError,
 )
 from geofx.factorizations import Dense, GaugeFixed, LowRank
+from geofx.passes.contract import run_passes
+from geofx.passes.lower import Lower
 from geofx.program import flat_tensors
 
 

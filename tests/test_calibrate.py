@@ -11,12 +11,6 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from geofx.passes.analyse import analyse
-from geofx.passes.calibrate import calibrate
-from geofx.passes.canonicalize import Canonicalize
-from geofx.passes.contract import run_passes
-from geofx.passes.find_regions import find_regions
-from geofx.passes.find_sites import FindSites, sites_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +19,12 @@ from geofx.batches import collect, split
 from geofx.errors import CalibrationError, ConfigError
 from geofx.moments import Moments
 from geofx.objective import Custom, NextToken, SquaredError, choose_objective
+from geofx.passes.analyse import analyse
+from geofx.passes.calibrate import calibrate
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_regions import find_regions
+from geofx.passes.find_sites import FindSites, sites_of
 from geofx.program import Program
 from geofx.trace import trace
 

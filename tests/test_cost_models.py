@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from geofx.cost_models.contract import Device
 from geofx.cost_models.roofline import Roofline, measured_device
-
 from geofx.workload import Workload
 
 WORK = Workload(flops=2e6, parameters=10**6, weight_bytes=4 * 10**6, activation_bytes=4000.0, launches=2)

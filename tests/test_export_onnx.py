@@ -10,11 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from geofx.passes.canonicalize import Canonicalize
-from geofx.passes.cleanup import Cleanup
-from geofx.passes.contract import run_passes
-from geofx.passes.find_sites import FindSites, sites_of
-from geofx.passes.lower import Lower
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +20,11 @@ from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import staging
 from geofx.factorizations import Factorization, Factors, GaugeFixed, LowRank
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.cleanup import Cleanup
+from geofx.passes.contract import run_passes
+from geofx.passes.find_sites import FindSites, sites_of
+from geofx.passes.lower import Lower
 from geofx.program import Program
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis

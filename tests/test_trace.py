@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from geofx.passes.canonicalize import Canonicalize
-from geofx.passes.contract import run_passes
-from geofx.passes.find_sites import FindSites, find_sites, sites_of
 from torch import Tensor, nn
 
 from geofx.errors import CaptureError, ConfigError
+from geofx.passes.canonicalize import Canonicalize
+from geofx.passes.contract import run_passes
+from geofx.passes.find_sites import FindSites, find_sites, sites_of
 from geofx.program import Program, flat_tensors
 from geofx.trace import trace
 
