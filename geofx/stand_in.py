@@ -18,8 +18,9 @@ SEED = 0
 def with_stand_in(program: Program) -> Program:
     """``program`` with an example of the same shapes and types that says nothing of the old one's data.
 
-    Masks and scalars are kept. Integers count up from 0 and begin anew after the largest that the example
-    had, which keeps ids inside every table; floating-point numbers are noise of a fixed seed.
+    Masks and scalars are kept. Integers count down from the largest that the example had and begin anew
+    below 0, which keeps ids inside every table and away from the special tokens at its start;
+    floating-point numbers are noise of a fixed seed.
     """
     example = {
         name: pytree.tree_map(partial(_stand_in, name), given) for name, given in program.example.items()
@@ -34,7 +35,7 @@ def _stand_in(name: str, value: Any) -> Any:
         return value
     if not value.is_floating_point() and not value.is_complex():
         period = max(int(value.max()), 0) + 1
-        ramp = torch.arange(value.numel(), device=value.device) % period
+        ramp = period - 1 - torch.arange(value.numel(), device=value.device) % period
         return ramp.reshape(value.shape).to(value.dtype)
     generator = torch.Generator().manual_seed(SEED)
     kind: Any = torch.complex64 if value.is_complex() else torch.float32

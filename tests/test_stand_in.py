@@ -39,7 +39,7 @@ def test_no_row_of_the_users_data_is_saved_and_the_example_runs(name: str, tmp_p
 
 def test_ids_stay_inside_the_table() -> None:
     ids = torch.tensor([[0, 2, 1, 2], [2, 2, 1, 0]])
-    assert with_stand_in(with_example(ids=ids)).example["ids"].tolist() == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    assert with_stand_in(with_example(ids=ids)).example["ids"].tolist() == [[2, 1, 0, 2], [1, 0, 2, 1]]
 
 
 def test_a_stand_in_is_its_own_stand_in() -> None:

@@ -20,7 +20,7 @@ from geofx.region_analysis import RegionAnalysis, Weights
 Rows = Literal["window", "pivoted"]
 
 WINDOWS = 9
-"""Number of evenly spaced row windows that a fit may try, both ends included."""
+"""Number of evenly spaced row windows that a fit tries, both ends included: rounding grows with max |C|."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +63,32 @@ class GaugeFixed:
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """B = L_P R and C = L_P̄ L_P^{-1} of the truncation L R.
 
-        A window at either end of the outputs is taken where it is accurate enough, for then y is one
-        concatenation; else the best of the windows between.
-
         Raises:
             NumericsError: no choice of rows keeps the rounding below the truncation error.
         """
         weight = weights[analysis.region.site.weight]
         whole = analysis.truncation
         left, right = whole.left[:, : self.rank].double(), whole.right[: self.rank].double()
-        rounding = float("inf")
-        for fitted, factors in self._attempts(left, right):
-            cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
-            rounding = _rounding_loss(fitted.to_dense(cast), left @ right, analysis)
-            if rounding <= _tolerable_loss(analysis, self.rank):
-                return fitted, cast
-        raise NumericsError(
-            f"gauge-fixed factors of rank {self.rank} lose {rounding:.2g} by rounding",
-            where=f"{analysis.region.name}, {weight.dtype}",
-            fix="use low_rank here",
+        fitted, factors = (
+            self._fit_window(left, right) if self.rows == "window" else self._fit_pivoted(left, right)
         )
-
-    def _attempts(self, left: Tensor, right: Tensor) -> Iterator[tuple[Self, Factors]]:
-        if self.rows == "pivoted":
-            yield self._fit_pivoted(left, right)
-            return
-        last = left.shape[0] - self.rank
-        inner = sorted({round(last * step / (WINDOWS - 1)) for step in range(1, WINDOWS - 1)})
-        for starts in ((0, last), inner):
-            mixes = {start: _mix(left, list(range(start, start + self.rank))) for start in starts}
-            start = min(mixes, key=lambda key: float(mixes[key].abs().max()))
-            yield (
-                replace(self, start=start),
-                {"basis": left[start : start + self.rank] @ right, "mix": mixes[start]},
+        cast = {name: part if name == "index" else part.to(weight) for name, part in factors.items()}
+        rounding = _rounding_loss(fitted.to_dense(cast), left @ right, analysis)
+        if rounding > _tolerable_loss(analysis, self.rank):
+            raise NumericsError(
+                f"gauge-fixed factors of rank {self.rank} lose {rounding:.2g} by rounding",
+                where=f"{analysis.region.name}, {weight.dtype}",
+                fix="use low_rank here",
             )
+        return fitted, cast
+
+    def _fit_window(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
+        last = left.shape[0] - self.rank
+        starts = sorted({round(last * step / (WINDOWS - 1)) for step in range(WINDOWS)})
+        mixes = {start: _mix(left, list(range(start, start + self.rank))) for start in starts}
+        start = min(mixes, key=lambda key: float(mixes[key].abs().max()))
+        basis = left[start : start + self.rank] @ right
+        return replace(self, start=start), {"basis": basis, "mix": mixes[start]}
 
     def _fit_pivoted(self, left: Tensor, right: Tensor) -> tuple[Self, Factors]:
         _, _, order = scipy.linalg.qr(left.T.numpy(force=True), mode="economic", pivoting=True)
