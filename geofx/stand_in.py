@@ -16,7 +16,7 @@ SEED = 0
 
 
 def with_stand_in(program: Program) -> Program:
-    """``program`` with an example of the same shapes and types that says nothing of the old one but its largest id.
+    """``program`` with an example of the same shapes and types; of the old one only its largest id shows.
 
     Masks and scalars are kept. Integers count down from the largest that the example had and begin anew
     below 0, which keeps ids inside every table and away from the special tokens at its start;
