@@ -7,12 +7,20 @@ from typing import Literal
 
 from geofx.site import Site
 
-RegionKind = Literal["single", "shared_input", "gated_mlp", "value_output", "stack", "tied_embedding"]
+RegionKind = Literal[
+    "single", "shared_input", "gated_mlp", "value_output", "stack", "embedding", "tied_embedding"
+]
+OWN: frozenset[RegionKind] = frozenset({"single", "embedding", "tied_embedding"})
+"""Kinds that hold one site and are its own region: where it may stay dense."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """``sites`` that are rewritten by one choice. A ``single`` region is named by its weight."""
+    """``sites`` that are rewritten by one choice. A region of one site is named by its weight.
+
+    ``shared_input`` are linear maps of one tensor, ``stack`` the same map in several layers; ``embedding`` is
+    a table that is only looked up, ``tied_embedding`` one that is also the output's weight.
+    """
 
     name: str
     kind: RegionKind
@@ -25,6 +33,16 @@ class Region:
 
     @property
     def site(self) -> Site:
-        """The only site of a ``single`` region."""
+        """The only site of a region that has one."""
         (site,) = self.sites
         return site
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Σ out, in): the region as one matrix, its weights one below the other."""
+        return sum(site.shape[0] for site in self.sites), self.sites[0].shape[1]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Number of outputs of each site."""
+        return tuple(site.shape[0] for site in self.sites)

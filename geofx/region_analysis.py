@@ -39,19 +39,35 @@ class Truncation:
 class Metric:
     """‖ΔW‖² = tr(G ΔW A ΔWᵀ), with A (in, in) and G (out, out) shrunk, so positive definite.
 
-    None stands for the identity. ``scale`` turns the form into the unit of the loss.
+    A side may be given by its diagonal alone, as a vector; None stands for the identity. ``scale`` turns the
+    form into the unit of the loss.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     scale: float = 1.0
 
+    def gradient(self, change: Tensor) -> Tensor:
+        """G ΔW A, in the dtype of ``change``: half the gradient of the loss, but for ``scale``."""
+        return on_left(self.output, on_right(change, self.input))
+
     def loss(self, change: Tensor) -> float:
         """scale · tr(G ΔW A ΔWᵀ) for a ``change`` ΔW of shape (out, in)."""
         delta = change.double()
-        right = delta if self.input is None else delta @ self.input.double()
-        left = delta if self.output is None else self.output.double() @ delta
+        left, right = on_left(self.output, delta), on_right(delta, self.input)
         return self.scale * float((left * right).sum())
+
+
+def on_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
+    """G M for G given whole, by its diagonal, or as None for the identity."""
+    if moment is None:
+        return matrix
+    return moment.to(matrix)[:, None] * matrix if moment.dim() == 1 else moment.to(matrix) @ matrix
+
+
+def on_right(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """M A, likewise."""
+    return matrix if moment is None else on_left(moment, matrix.T).T
 
 
 def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation:
@@ -77,16 +93,14 @@ def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation
 def _from_input_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
     root, inverse = _roots(metric.input, weight.shape[1], what)
     lifted = weight @ root
-    weighted = lifted if metric.output is None else metric.output.double() @ lifted
-    squares, vectors = eigh_psd(lifted.T @ weighted, what)
+    squares, vectors = eigh_psd(lifted.T @ on_left(metric.output, lifted), what)
     return lifted @ vectors, vectors.T @ inverse, squares
 
 
 def _from_output_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
     root, inverse = _roots(metric.output, weight.shape[0], what)
     lifted = root @ weight
-    weighted = lifted if metric.input is None else lifted @ metric.input.double()
-    squares, vectors = eigh_psd(weighted @ lifted.T, what)
+    squares, vectors = eigh_psd(on_right(lifted, metric.input) @ lifted.T, what)
     return inverse @ vectors, vectors.T @ lifted, squares
 
 
@@ -94,6 +108,9 @@ def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]
     if matrix is None:
         eye = torch.eye(size, dtype=torch.float64)
         return eye, eye
+    if matrix.dim() == 1:
+        root = matrix.double().clamp_min(0.0).sqrt()
+        return root.diag(), torch.where(root > 0, 1.0 / root, 0.0).diag()
     return root_and_inverse(matrix, f"second moment at {what}")
 
 
@@ -107,23 +124,46 @@ class RegionAnalysis:
     known_spectrum: Spectrum | None = None
 
     @property
+    def weight(self) -> Tensor:
+        """(Σ out, in): the weights one below the other; of a region of one site that site's weight."""
+        weights = list(self.weights.values())
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric of `weight`: the sites share A, their G stand along a diagonal.
+
+        Sites of a ``stack`` have inputs of their own: there it is that of the mean A.
+        """
+        metrics = [self.metrics[name] for name in self.weights]
+        return metrics[0] if len(metrics) == 1 else _joint(metrics, self.region.rows)
+
+    @property
     def spectrum(self) -> Spectrum:
         """The two-sided spectrum: the one given (a saved analysis'), else that of `truncation`."""
         return self.known_spectrum or self.truncation.spectrum
 
     @cached_property
     def truncation(self) -> Truncation:
-        """The two-sided truncation of the only weight of a ``single`` region."""
-        return self.truncation_under("two_sided")
+        """The two-sided truncation of `weight`."""
+        return truncate(self.weight, self.metric, self.region.name)
 
     def truncation_under(self, weighting: Weighting) -> Truncation:
         """The truncation under a part of the metric: both sides, the input's alone, or neither."""
-        name = self.region.site.weight
-        metric = self.metrics[name]
         if weighting == "two_sided":
-            return truncate(self.weights[name], metric, name)
-        kept = Metric(input=metric.input if weighting == "input" else None)
-        return truncate(self.weights[name], kept, name)
+            return self.truncation
+        kept = Metric(input=self.metric.input if weighting == "input" else None)
+        return truncate(self.weight, kept, self.region.name)
+
+
+def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
+    """Metric of matrices of ``rows`` rows one below the other: mean A, block-diagonal scale · G."""
+    inputs = [metric.input for metric in metrics if metric.input is not None]
+    outputs = [
+        metric.scale * (torch.eye(size) if metric.output is None else metric.output).double()
+        for metric, size in zip(metrics, rows, strict=True)
+    ]
+    return Metric(torch.stack(inputs).mean(0) if inputs else None, torch.block_diag(*outputs))
 
 
 class MomentMetrics(Mapping[str, Metric]):

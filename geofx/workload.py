@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from geofx.factorizations import Factorization
-from geofx.region import Region
+from geofx.region import Region, RegionKind
 from geofx.site import Site
 
 PROBE_TOKENS = 16
@@ -57,23 +61,29 @@ class _OutputCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def measure(factorization: Factorization, region: Region) -> Workload:
-    """Workload of ``factorization.apply`` at ``region``'s shapes, by FlopCounterMode on meta tensors."""
-    site = region.site
-    return _measure(factorization, site.shape, site.dtype, region.kind)  # type: ignore[arg-type]
+    """Workload of all sites of ``region``, by FlopCounterMode on meta tensors at the region's shapes.
+
+    What the sites of a ``shared_input`` region compute alike, such as a projection onto a shared basis, is
+    counted once, as the lowered graph runs it.
+    """
+    shapes = tuple(site.shape for site in region.sites)
+    return _measure(factorization, shapes, region.sites[0].dtype, region.kind)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=65536)
-def _measure(factorization: Any, shape: tuple[int, int], dtype_name: str, kind: str) -> Workload:
-    probe = Region("probe", kind, (Site("probe", shape, dtype=dtype_name),))  # type: ignore[arg-type]
+def _measure(
+    factorization: Any, shapes: tuple[tuple[int, int], ...], dtype_name: str, kind: RegionKind
+) -> Workload:
+    sites = tuple(Site(f"probe{index}", shape, dtype=dtype_name) for index, shape in enumerate(shapes))
     dtype = getattr(torch, dtype_name)
     factors = {
-        name: torch.empty(size, dtype=torch.int32 if name == "index" else dtype, device="meta")
-        for name, size in factorization.factor_shapes(probe).items()
+        name: torch.empty(size, dtype=torch.int32 if _is_index(name) else dtype, device="meta")
+        for name, size in factorization.factor_shapes(Region("probe", kind, sites)).items()
     }
-    x = torch.empty(PROBE_TOKENS, shape[1], dtype=dtype, device="meta")
+    run = _use(factorization, factors, shapes, dtype, kind)
     outputs, flops = _OutputCounter(), FlopCounterMode(display=False)
     with torch.no_grad(), outputs, flops:
-        factorization.apply(x, factors)
+        run()
     return Workload(
         flops=flops.get_total_flops() / PROBE_TOKENS,
         parameters=sum(part.numel() for part in factors.values() if part.is_floating_point()),
@@ -81,3 +91,33 @@ def _measure(factorization: Any, shape: tuple[int, int], dtype_name: str, kind: 
         activation_bytes=outputs.written / PROBE_TOKENS,
         launches=outputs.launches,
     )
+
+
+def _is_index(name: str) -> bool:
+    return name.partition("@")[0].startswith("index")
+
+
+def _use(
+    factorization: Any,
+    factors: Mapping[str, Tensor],
+    shapes: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    kind: RegionKind,
+) -> Callable[[], object]:
+    """One use of each site by `PROBE_TOKENS` tokens."""
+    x = torch.empty(PROBE_TOKENS, shapes[0][1], dtype=dtype, device="meta")
+    ids = torch.empty(PROBE_TOKENS, dtype=torch.int64, device="meta")
+    names = list(factors)
+
+    def apply(x: Tensor, *parts: Tensor) -> list[Tensor]:
+        named = dict(zip(names, parts, strict=True))
+        return [factorization.apply(x, named, site) for site in range(len(shapes))]
+
+    if kind == "shared_input":
+        traced = CSEPass()(make_fx(apply)(x, *factors.values())).graph_module
+        return lambda: traced(x, *factors.values())
+    if kind == "embedding":
+        return lambda: factorization.lookup(ids, factors)
+    if kind == "tied_embedding":
+        return lambda: (factorization.lookup(ids, factors), apply(x, *factors.values()))
+    return lambda: apply(x, *factors.values())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from geofx.factorizations import Dense, Factorization, GaugeFixed, LowRank
+from geofx.region import RegionKind
 
 
 @dataclass(frozen=True)
@@ -15,21 +16,33 @@ class Case:
     """How to test one format.
 
     Attributes:
-        small, large: two settings for a 24 x 20 weight, large being the bigger.
-        structured: a (24, 20) float64 weight that ``large`` writes exactly.
+        small, large: two settings for 24 x 20 weights, large being the bigger.
+        structured: (24, 20) float64 weights, one per site, that ``large`` writes exactly.
         tolerance: relative, of a float32 round trip through `fit` and `to_dense`.
+        kind: of the region; 24 is then the rows of each site.
+        flops: of one token of ``large`` through all sites; two per number stored where not given.
+        applies: False where an embedding format is only looked up, never multiplied by.
+        exact: relative error allowed in float64 where ``structured`` is recovered by iteration.
     """
 
     small: Factorization
     large: Factorization
-    structured: Tensor
+    structured: tuple[Tensor, ...]
     tolerance: float
+    kind: RegionKind = "single"
+    flops: int | None = None
+    exact: float = 1e-10
+    applies: bool = True
 
 
-def _rank(rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rank)
-    left = torch.randn(24, rank, generator=generator, dtype=torch.float64)
-    return left @ torch.randn(rank, 20, generator=generator, dtype=torch.float64)
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal, float64, the same at every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _rank(rank: int, sites: int = 1) -> tuple[Tensor, ...]:
+    right = random(rank, 20, seed=rank)
+    return tuple(random(24, rank, seed=1000 + site) @ right for site in range(sites))
 
 
 CASES: dict[str, Case] = {
@@ -42,3 +55,10 @@ CASES: dict[str, Case] = {
 CASES["low_rank-input"] = Case(LowRank(3, "input"), LowRank(9, "input"), _rank(9), 1e-6)
 CASES["low_rank-none"] = Case(LowRank(3, "none"), LowRank(9, "none"), _rank(9), 1e-6)
 CASES["gauge_fixed-pivoted"] = Case(GaugeFixed(3, "pivoted"), GaugeFixed(11, "pivoted"), _rank(11), 1e-6)
+CASES["low_rank-shared_input"] = Case(
+    LowRank(3), LowRank(9), _rank(9, 3), 1e-6, "shared_input", flops=2 * (9 * 20 + 72 * 9)
+)
+CASES["low_rank-embedding"] = Case(LowRank(3), LowRank(9), _rank(9), 1e-6, "embedding", flops=2 * 9 * 20)
+CASES["low_rank-tied_embedding"] = Case(
+    LowRank(3), LowRank(9), _rank(9), 1e-6, "tied_embedding", flops=2 * 9 * (20 + 24 + 20)
+)

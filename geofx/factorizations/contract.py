@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -19,16 +20,19 @@ Factors = Mapping[str, Tensor]
 class Factorization(Protocol):
     """A named way to write the weights of a region as smaller factors: a frozen dataclass of settings.
 
-    Laws, tested for every format: ``apply(x, F) == x @ to_dense(F)ᵀ``; a weight that has the structure
-    is recovered exactly; ``fit`` gives the shapes that ``factor_shapes`` declares.
+    Laws, tested for every format: ``apply(x, F, i) == x @ to_dense(F, i)ᵀ`` for each site i of the region; a
+    weight that has the structure is recovered exactly; ``fit`` gives the shapes that ``factor_shapes``
+    declares. Factors that all sites share have plain names, those of site i are named by `of_site`.
     """
 
     name: ClassVar[str]
     regions: ClassVar[frozenset[RegionKind]]
+    closed_form: ClassVar[bool]
+    """Whether `predicted_loss` is had from the spectrum; else it takes a fit."""
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
-        """Settings worth pricing for ``region``; none where the shape does not fit."""
+        """Settings worth pricing for ``region``, in order of size; none where the shape does not fit."""
         ...
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
@@ -47,17 +51,65 @@ class Factorization(Protocol):
         """
         ...
 
-    def apply(self, x: Tensor, factors: Factors) -> Tensor:
-        """y from x (..., in) in aten operations; what graph, flops and exports derive from."""
+    def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
+        """y of one site from x (..., in) in aten operations; what graph, flops and exports derive from."""
         ...
 
-    def to_dense(self, factors: Factors) -> Tensor:
-        """The (out, in) weight that the factors stand for, written independently of `apply`."""
+    def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
+        """The (out, in) weight of one site, written independently of `apply`."""
         ...
 
     def geometry(self, region: Region) -> GeometricForm:
         """The subspaces of this format and the transformations among them."""
         ...
+
+
+@runtime_checkable
+class Lookup(Protocol):
+    """What a format of ``embedding`` and ``tied_embedding`` regions has besides."""
+
+    def lookup(self, ids: Tensor, factors: Factors) -> Tensor:
+        """Rows W[ids] (..., in) of the weight, built for the asked ids only; W[ids] == to_dense(F)[ids]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A format as fitted, the factors of one region and the names of the weights that they stand for."""
+
+    factorization: Factorization
+    factors: Factors
+    weights: tuple[str, ...]
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Factor -> the attribute that it is stored under: the weight's name and the factor's."""
+        return {name: factor_name(self.weights, name) for name in self.factors}
+
+
+def of_site(name: str, site: int) -> str:
+    """Name of the factor ``name`` that belongs to one site: itself at the first, ``name@2`` at the third."""
+    return f"{name}@{site}" if site else name
+
+
+def factor_name(weights: tuple[str, ...], factor: str) -> str:
+    """Attribute under which a factor is stored: shared ones beside the region's first weight."""
+    name, _, site = factor.partition("@")
+    return f"{weights[int(site or 0)]}_{name}"
+
+
+def measured_loss(form: Factorization, analysis: RegionAnalysis) -> float:
+    """The loss of ``form`` at the factors that it fits: the prediction of a format without closed form."""
+    fitted, factors = form.fit(analysis.weights, analysis)
+    return factored_loss(fitted, factors, analysis)
+
+
+def factored_loss(form: Factorization, factors: Factors, analysis: RegionAnalysis) -> float:
+    """Σ over sites of tr(G ΔW A ΔWᵀ) between the weights and what ``factors`` multiply out to."""
+    return sum(
+        analysis.metrics[name].loss(weight.double() - form.to_dense(factors, site).double())
+        for site, (name, weight) in enumerate(analysis.weights.items())
+    )
 
 
 def rank_grid(limit: int, size: int) -> range:
@@ -71,6 +123,6 @@ def require_rank(rank: int, limit: int, region: Region) -> None:
     if not 1 <= rank <= limit:
         raise PlanError(
             f"rank {rank} is outside 1..{limit}",
-            where=f"{region.name}, shape {region.site.shape}",
+            where=f"{region.name}, shape {region.shape}",
             fix="mend the rank",
         )

@@ -38,6 +38,7 @@ class GaugeFixed:
 
     name: ClassVar[str] = "gauge_fixed"
     regions: ClassVar[frozenset[RegionKind]] = frozenset({"single"})
+    closed_form: ClassVar[bool] = True
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
@@ -98,7 +99,7 @@ class GaugeFixed:
         index[torch.tensor(chosen + others)] = torch.arange(left.shape[0], dtype=torch.int32)
         return self, {"basis": left[chosen] @ right, "mix": _mix(left, chosen), "index": index}
 
-    def apply(self, x: Tensor, factors: Factors) -> Tensor:
+    def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """[z Cᵀ[:start], z, z Cᵀ[start:]] with z = x Bᵀ."""
         spanned = functional.linear(x, factors["basis"])
         others = functional.linear(spanned, factors["mix"])
@@ -112,7 +113,7 @@ class GaugeFixed:
         before, after = others.narrow(-1, 0, self.start), others.narrow(-1, self.start, last - self.start)
         return torch.cat([before, spanned, after], -1)
 
-    def to_dense(self, factors: Factors) -> Tensor:
+    def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
         """Rows P are B, the others C B."""
         basis, mix = factors["basis"], factors["mix"]
         rows = basis.shape[0] + mix.shape[0]
@@ -151,7 +152,7 @@ def _rounding_loss(stored: Tensor, exact: Tensor, analysis: RegionAnalysis) -> f
     """Loss between the truncation and what its factors multiply out to; infinite where they overflow."""
     if not torch.isfinite(stored).all():
         return float("inf")
-    return analysis.metrics[analysis.region.site.weight].loss(stored.double() - exact)
+    return analysis.metric.loss(stored.double() - exact)
 
 
 def _tolerable_loss(analysis: RegionAnalysis, rank: int) -> float:

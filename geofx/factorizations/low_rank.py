@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, rank_grid, require_rank
+from geofx.factorizations.contract import Factors, measured_loss, of_site, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
@@ -20,6 +20,8 @@ from geofx.region_analysis import RegionAnalysis, Weighting, Weights
 class LowRank:
     """argmin over rank r of tr(G (W - L R) A (W - L R)ᵀ); r (out + in) numbers.
 
+    Sites of a ``shared_input`` region share R and have rows of L of their own.
+
     ``weighting`` ``"input"`` sets G = I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024), ``"none"``
     A = G = I (truncated SVD, Eckart and Young 1936).
     """
@@ -28,53 +30,56 @@ class LowRank:
     weighting: Weighting = "two_sided"
 
     name: ClassVar[str] = "low_rank"
-    regions: ClassVar[frozenset[RegionKind]] = frozenset({"single"})
+    regions: ClassVar[frozenset[RegionKind]] = frozenset(
+        {"single", "shared_input", "embedding", "tied_embedding"}
+    )
+    closed_form: ClassVar[bool] = True
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
         """Ranks below out · in / (out + in), where the pair would be as big as the weight."""
-        rows, columns = region.site.shape
+        rows, columns = region.shape
         limit = -(-rows * columns // (rows + columns))
         yield from (cls(rank) for rank in rank_grid(limit, min(rows, columns)))
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
-        """``left`` (out, r), ``right`` (r, in)."""
-        rows, columns = region.site.shape
-        require_rank(self.rank, min(rows, columns), region)
-        return {"left": (rows, self.rank), "right": (self.rank, columns)}
+        """``right`` (r, in), which all sites share, and ``left`` (out, r) of each."""
+        require_rank(self.rank, min(region.shape), region)
+        lefts = {of_site("left", index): (rows, self.rank) for index, rows in enumerate(region.rows)}
+        return {**lefts, "right": (self.rank, region.shape[1])}
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
         """Σ_{i > r} σ_i² of G^{1/2} W A^{1/2}; for other weightings, the form at their optimum."""
         if self.weighting == "two_sided":
             return analysis.spectrum.tail(self.rank)
-        name = region.site.weight
-        _, factors = self.fit(analysis.weights, analysis)
-        return analysis.metrics[name].loss(analysis.weights[name].double() - self.to_dense(factors).double())
+        return measured_loss(self, analysis)
 
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The leading r columns and rows of the truncation, in the weight's dtype."""
-        whole = (
-            analysis.truncation
-            if self.weighting == "two_sided"
-            else analysis.truncation_under(self.weighting)
-        )
-        weight = weights[analysis.region.site.weight]
-        parts = {"left": whole.left[:, : self.rank], "right": whole.right[: self.rank]}
+        whole = analysis.truncation_under(self.weighting)
+        lefts = whole.left[:, : self.rank].split(analysis.region.rows)
+        parts = {of_site("left", index): left for index, left in enumerate(lefts)}
+        parts["right"] = whole.right[: self.rank]
+        like = next(iter(weights.values()))
         return self, {
-            name: require_finite(part.to(weight), f"factor {name}").clone() for name, part in parts.items()
+            name: require_finite(part.to(like), f"factor {name}").clone() for name, part in parts.items()
         }
 
-    def apply(self, x: Tensor, factors: Factors) -> Tensor:
+    def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """(x Rᵀ) Lᵀ."""
-        return functional.linear(functional.linear(x, factors["right"]), factors["left"])
+        return functional.linear(functional.linear(x, factors["right"]), factors[of_site("left", site)])
 
-    def to_dense(self, factors: Factors) -> Tensor:
+    def lookup(self, ids: Tensor, factors: Factors) -> Tensor:
+        """L[ids] R."""
+        return functional.embedding(ids, factors["left"]) @ factors["right"]
+
+    def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
         """L R."""
-        return factors["left"] @ factors["right"]
+        return factors[of_site("left", site)] @ factors["right"]
 
     def geometry(self, region: Region) -> GeometricForm:
         """Two subspaces of dimension r: project onto one, expand from the other."""
-        rows, columns = region.site.shape
+        rows, columns = region.shape
         spaces = Subspace("input", self.rank, columns), Subspace("output", self.rank, rows)
         steps = (
             Transformation("project", ("input",), "latent"),
