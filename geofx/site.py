@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SiteKind = Literal["linear", "embedding"]
+SiteKind = Literal["linear", "embedding", "tied_embedding"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """y = W x (kind ``linear``) or y = W[i] (kind ``embedding``), W of ``shape`` (out, in).
+    """y = W x (kind ``linear``), y = W[i] (``embedding``), or both uses of one W (``tied_embedding``).
+
+    W is (out, in) = (vocabulary, dim) for a table.
 
     Attributes:
         weight: name of the parameter; tied parameters have one site, named by the first.
@@ -20,6 +22,7 @@ class Site:
         nodes: names of the graph nodes that multiply by the weight, for annotation only.
         aliases: further names of the same parameter.
         dtype: such as ``"float32"``.
+        heads: attention heads that the outputs (positive) or inputs (negative) are cut into; 0 where none.
     """
 
     weight: str
@@ -30,6 +33,7 @@ class Site:
     nodes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     dtype: str = "float32"
+    heads: int = 0
 
     @property
     def numel(self) -> int:
