@@ -15,7 +15,7 @@ from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
 
-Weighting = Literal["two_sided", "input", "none"]
+Weighting = Literal["two_sided", "input", "none", "input_diagonal", "output_diagonal"]
 Weights = Mapping[str, Tensor]
 
 INPUT_SHRINKAGE = 1e-4
@@ -68,6 +68,13 @@ def on_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
 def on_right(matrix: Tensor, moment: Tensor | None) -> Tensor:
     """M A, likewise."""
     return matrix if moment is None else on_left(moment, matrix.T).T
+
+
+def diagonal_power(moment: Tensor | None, power: float) -> Tensor | None:
+    """diag(M)^power as a vector, for M given whole, by its diagonal, or as None for the identity."""
+    if moment is None:
+        return None
+    return (moment if moment.dim() == 1 else moment.diagonal()).double().clamp_min(0.0) ** power
 
 
 def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation:
@@ -148,12 +155,18 @@ class RegionAnalysis:
         """The two-sided truncation of `weight`."""
         return truncate(self.weight, self.metric, self.region.name)
 
-    def truncation_under(self, weighting: Weighting) -> Truncation:
-        """The truncation under a part of the metric: both sides, the input's alone, or neither."""
+    def truncation_under(self, weighting: Weighting, power: float = 1.0) -> Truncation:
+        """The truncation under a part of the metric: both sides, one side, its diagonal^power, or neither."""
         if weighting == "two_sided":
             return self.truncation
-        kept = Metric(input=self.metric.input if weighting == "input" else None)
-        return truncate(self.weight, kept, self.region.name)
+        whole = self.metric
+        kept = {
+            "input": Metric(whole.input),
+            "none": Metric(),
+            "input_diagonal": Metric(diagonal_power(whole.input, power)),
+            "output_diagonal": Metric(output=diagonal_power(whole.output, power)),
+        }
+        return truncate(self.weight, kept[weighting], self.region.name)
 
 
 def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:

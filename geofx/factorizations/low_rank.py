@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,12 +23,19 @@ class LowRank:
 
     Sites of a ``shared_input`` region share R and have rows of L of their own.
 
-    ``weighting`` ``"input"`` sets G = I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024), ``"none"``
-    A = G = I (truncated SVD, Eckart and Young 1936).
+    ``weighting`` says what stands for A and G, with p = ``power``, which the diagonal ones alone read:
+
+    * ``"input"``: A and I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024).
+    * ``"input_diagonal"``: diag(A)^p and I. ASVD (Yuan et al. 2023) scales inputs by mean|x_j|^α; here by
+      the root mean square, (A_jj)^{α/2}, so p = α.
+    * ``"output_diagonal"``: I and diag(G)^p. FWSVD (Hsu et al. 2022) weights rows by their Fisher
+      information Σ_j E[(∂ℓ/∂W_ij)²]; with x and g independent that is G_ii tr A, so p = 1.
+    * ``"none"``: I and I (truncated SVD, Eckart and Young 1936).
     """
 
     rank: int
     weighting: Weighting = "two_sided"
+    power: float = 1.0
 
     name: ClassVar[str] = "low_rank"
     regions: ClassVar[frozenset[RegionKind]] = frozenset(
@@ -56,8 +64,8 @@ class LowRank:
 
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The leading r columns and rows of the truncation, in the weight's dtype."""
-        whole = analysis.truncation_under(self.weighting)
-        lefts = whole.left[:, : self.rank].split(analysis.region.rows)
+        whole = analysis.truncation_under(self.weighting, self.power)
+        lefts = torch.split(whole.left[:, : self.rank], analysis.region.rows)
         parts = {of_site("left", index): left for index, left in enumerate(lefts)}
         parts["right"] = whole.right[: self.rank]
         like = next(iter(weights.values()))
