@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from geofx.linalg import eigh_psd, require_finite, root_and_inverse, shrink
+from geofx.linalg import FULL_DECOMPOSITION_LIMIT, eigh_psd, require_finite, root_and_inverse, shrink
 from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
@@ -123,12 +124,18 @@ def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RegionAnalysis:
-    """A region, its weights in canonical (out, in) orientation, and the metric of each."""
+    """A region, its weights in canonical (out, in) orientation, and the metric of each.
+
+    Attributes:
+        known_spectrum: that of a saved analysis.
+        directions: E[x̄ x̄ᵀ] of the input scaled to norm 1, (in, in), where `calibrate` was asked for it.
+    """
 
     region: Region
     weights: Weights
     metrics: Mapping[str, Metric]
     known_spectrum: Spectrum | None = None
+    directions: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -168,31 +175,75 @@ class RegionAnalysis:
         }
         return truncate(self.weight, kept[weighting], self.region.name)
 
+    def losses_under(self, weighting: Weighting, power: float = 1.0) -> tuple[float, ...]:
+        """What each rank 0, 1, .. of that truncation loses in the whole metric.
+
+        What is cut is Σ_{i > r} l_i r_i, so the loss is Σ_{i, j > r} (l_iᵀ G l_j)(r_i A r_jᵀ): the sums over
+        the trailing blocks of one matrix.
+        """
+        key = weighting, power
+        if key not in self._losses:
+            whole, cut = self.metric, self.truncation_under(weighting, power)
+            left, right = cut.left.double(), cut.right.double()
+            pairs = (left.T @ on_left(whole.output, left)) * (on_right(right, whole.input) @ right.T)
+            blocks = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0.0)
+            self._losses[key] = (*(whole.scale * blocks).tolist(), 0.0)
+        return self._losses[key]
+
+    @cached_property
+    def _losses(self) -> dict[tuple[Weighting, float], tuple[float, ...]]:
+        return {}
+
 
 def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
-    """Metric of matrices of ``rows`` rows one below the other: mean A, block-diagonal scale · G."""
+    """Metric of matrices of ``rows`` rows one below the other: mean A, block-diagonal scale · G.
+
+    Where G would be larger than the dense solvers take, its diagonal stands for it.
+    """
     inputs = [metric.input for metric in metrics if metric.input is not None]
     outputs = [
-        metric.scale * (torch.eye(size) if metric.output is None else metric.output).double()
+        metric.scale * (torch.ones(size) if metric.output is None else metric.output).double()
         for metric, size in zip(metrics, rows, strict=True)
     ]
-    return Metric(torch.stack(inputs).mean(0) if inputs else None, torch.block_diag(*outputs))
+    if sum(rows) > FULL_DECOMPOSITION_LIMIT:
+        joint = torch.cat([part if part.dim() == 1 else part.diagonal() for part in outputs])
+    else:
+        joint = torch.block_diag(*(part.diag() if part.dim() == 1 else part for part in outputs))
+    return Metric(torch.stack(inputs).mean(0) if inputs else None, joint)
 
 
 class MomentMetrics(Mapping[str, Metric]):
-    """The metric of each weight, built from its moments when asked for: it is as large as the weights."""
+    """The metric of each weight, built from its moments when asked for: it is as large as the weights.
+
+    A linear map has A and G. A table has the share f of tokens that read each row as its (diagonal) G, and
+    the G at what is read as its A: Σ_v f_v ΔW_v G ΔW_vᵀ per token. What is both has the nearest product.
+    """
 
     def __init__(self, weights: Weights, moments: Moments) -> None:
         self._weights, self._moments = weights, moments
 
     def __getitem__(self, name: str) -> Metric:
+        if name not in self._moments.lookups:
+            return self._linear(name)
+        if name not in self._moments.input_of:
+            return self._table(name)
+        return nearest_product(self._table(name), self._linear(name), self._weights[name].shape)
+
+    def _linear(self, name: str) -> Metric:
         moments = self._moments
         inputs, outputs = moments.input_moment(name), moments.output_moment(name)
         if inputs is not None:
             inputs = shrink(inputs, sampling_share(inputs, moments.tokens_at(name), INPUT_SHRINKAGE))
-        if outputs is not None:
-            outputs = shrink(outputs, sampling_share(outputs, moments.loss_terms, OUTPUT_SHRINKAGE))
-        return region_metric(self._weights[name], inputs, outputs)
+        return region_metric(self._weights[name], inputs, _shrunk_output(outputs, moments.loss_terms))
+
+    def _table(self, name: str) -> Metric:
+        moments = self._moments
+        gradient = _shrunk_output(moments.lookup_outputs.get(name), moments.loss_terms)
+        shares = lookup_shares(moments.lookups[name])
+        if gradient is not None:
+            return Metric(gradient, shares)
+        size = Metric(None, shares).loss(self._weights[name])
+        return Metric(None, shares, 1.0 / size if size > 0.0 else 1.0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -201,14 +252,63 @@ class MomentMetrics(Mapping[str, Metric]):
         return len(self._weights)
 
 
+def _shrunk_output(moment: Tensor | None, terms: int) -> Tensor | None:
+    return None if moment is None else shrink(moment, sampling_share(moment, terms, OUTPUT_SHRINKAGE))
+
+
+def lookup_shares(counts: Tensor) -> Tensor:
+    """f = (1 - a) c / Σc + a / V: the share of tokens that read each of V rows, none of them free.
+
+    a = N₁ / Σc with N₁ rows read once is the chance that the next token is a new one (Good, 1953; Turing);
+    spread evenly as rows unread are nearly all that gain by it. At least the shrinkage of any output.
+    """
+    total = counts.double().sum().clamp_min(1.0)
+    unread = min(1.0, max(OUTPUT_SHRINKAGE, float((counts == 1).sum() / total)))
+    return counts.double() / total * (1.0 - unread) + unread / counts.numel()
+
+
+def nearest_product(first: Metric, second: Metric, shape: tuple[int, ...]) -> Metric:
+    """argmin over w, M of ‖v₁ ⊗ N₁ + v₂ ⊗ N₂ - w ⊗ M‖ for the metrics v ⊗ N of weights of ``shape``.
+
+    A sum of two products is a matrix of rank two in Van Loan's (1993) rearrangement: its leading pair
+    w = V a, M = N K a / (aᵀ K a) with K = VᵀV comes from the 2 x 2 problem (NᵀN) K a = σ² a, whose entries
+    are not negative; so a is not either (Perron), and w and M stay positive.
+    """
+    rows, columns = shape
+    outputs, inputs = [], []
+    for metric in (first, second):
+        side = torch.ones(rows) if metric.output is None else metric.output
+        outputs.append(metric.scale * (side if side.dim() == 1 else side.diagonal()).double())
+        inputs.append((torch.eye(columns) if metric.input is None else metric.input).double())
+    norms = [part.norm() for part in inputs]
+    left = torch.stack([part * norm for part, norm in zip(outputs, norms, strict=True)], 1)
+    right = torch.stack([(part / norm).flatten() for part, norm in zip(inputs, norms, strict=True)], 1)
+    gram = left.T @ left
+    step = right.T @ right @ gram
+    mixture = _leading_vector(step / step.abs().max())
+    weights = right @ (gram @ mixture) / (mixture @ gram @ mixture)
+    return Metric(weights.reshape(columns, columns), left @ mixture)
+
+
+def _leading_vector(matrix: Tensor) -> Tensor:
+    """Eigenvector of the larger eigenvalue of a (2, 2) matrix of entries >= 0."""
+    (a, b), (c, d) = matrix.tolist()
+    largest = (a + d + math.sqrt((a - d) ** 2 + 4 * b * c)) / 2
+    candidates = ((b, largest - a), (largest - d, c))
+    best = max(candidates, key=lambda pair: math.hypot(*pair))
+    return matrix.new_tensor(best if math.hypot(*best) > 0 else (1.0, 1.0))
+
+
 def sampling_share(moment: Tensor, samples: int, least: float) -> float:
     """Share of shrinkage that the number of samples asks for: (tr M)² / (‖M‖² T), at least ``least``.
 
     That is Ledoit and Wolf's (2004) estimate E‖x xᵀ - M‖² / (T ‖M - m I‖²) for samples of equal norm,
-    bounded from the matrix alone: few samples in many directions shrink much, many in few hardly.
+    bounded from the matrix alone: few samples in many directions shrink much, many in few hardly. Of a
+    diagonal, given as a vector, the same (Hausser and Strimmer, 2009).
     """
     wide = moment.double()
-    spread = float(wide.trace() ** 2 / wide.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+    trace = wide.sum() if wide.dim() == 1 else wide.trace()
+    spread = float(trace**2 / wide.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
     return min(1.0, max(least, spread / max(1, samples)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, measured_loss, of_site, rank_grid, require_rank
+from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
@@ -57,15 +57,16 @@ class LowRank:
         return {**lefts, "right": (self.rank, region.shape[1])}
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
-        """Σ_{i > r} σ_i² of G^{1/2} W A^{1/2}; for other weightings, the form at their optimum."""
+        """Σ_{i > r} σ_i² of G^{1/2} W A^{1/2}; for other weightings, what their optimum loses in A and G."""
         if self.weighting == "two_sided":
             return analysis.spectrum.tail(self.rank)
-        return measured_loss(self, analysis)
+        losses = analysis.losses_under(self.weighting, self.power)
+        return losses[min(self.rank, len(losses) - 1)]
 
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The leading r columns and rows of the truncation, in the weight's dtype."""
         whole = analysis.truncation_under(self.weighting, self.power)
-        lefts = torch.split(whole.left[:, : self.rank], analysis.region.rows)
+        lefts = torch.split(whole.left[:, : self.rank], list(analysis.region.rows))
         parts = {of_site("left", index): left for index, left in enumerate(lefts)}
         parts["right"] = whole.right[: self.rank]
         like = next(iter(weights.values()))
