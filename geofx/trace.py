@@ -267,7 +267,7 @@ def _collect_attributes(
         value = _resolve(lifted, node.target)
         name = str(node.target) if model is None else str(node.target).removeprefix(_PREFIX)
         if isinstance(value, Tensor):
-            canonical = first.setdefault(_identity(value), name)
+            canonical = first.setdefault(storage_identity(value), name)
             if canonical != name:
                 aliases[name] = canonical
             name = canonical
@@ -275,13 +275,14 @@ def _collect_attributes(
         attributes.setdefault(name, value)
         node.target = name
     for name, value in model.named_parameters(remove_duplicate=False) if model is not None else ():
-        found = first.get(_identity(value))
+        found = first.get(storage_identity(value))
         if found is not None and found != name:
             aliases[name] = found
     return attributes, aliases
 
 
-def _identity(value: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+def storage_identity(value: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Equal for tensors that are one, however many names they have."""
     pointer = value.data_ptr() if value.numel() else id(value)
     return pointer, value.shape, value.stride()
 

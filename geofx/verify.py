@@ -17,6 +17,8 @@ from geofx.objective import NextToken, Objective, SquaredError, logits_of, next_
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 
+HELD_OUT, SEEN = "held-out batches", "the batches that it was calibrated on"
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -33,6 +35,7 @@ class Fidelity:
         parameter_mae: mean |v - v̂| over all parameters (Definition 5 of the taxonomy).
         tokens: number of loss terms measured on.
         unit: of the losses.
+        data: what was measured on.
     """
 
     loss_original: float | None
@@ -45,6 +48,12 @@ class Fidelity:
     parameter_mae: float
     tokens: int
     unit: str
+    data: str = HELD_OUT
+
+    @property
+    def accuracy(self) -> float:
+        """ACC(y, ŷ), Definition 4: mean loss of the optimized model, or its outputs' distance to the original."""
+        return self.loss_increase if self.loss_optimized is None else self.loss_optimized
 
 
 @dataclass

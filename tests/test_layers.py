@@ -25,7 +25,7 @@ LAYERS = (
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
     "geofx.artifact geofx.stand_in geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops "
     "geofx.tensor_file",
-    "geofx.verify geofx.export geofx.factorized_module",
+    "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space",
     "geofx.passes",
     "geofx.objective",
     "geofx.batches",
