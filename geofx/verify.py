@@ -52,7 +52,7 @@ class Fidelity:
 
     @property
     def accuracy(self) -> float:
-        """ACC(y, ŷ), Definition 4: mean loss of the optimized model, or its outputs' distance to the original."""
+        """ACC(y, ŷ), Definition 4: the optimized model's mean loss, or distance to the original's outputs."""
         return self.loss_increase if self.loss_optimized is None else self.loss_optimized
 
 
