@@ -2,12 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
-from geofx.region import Region
+from geofx.program import Program
+from geofx.region import Region, RegionKind
 from geofx.site import Site
 
+def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
+    """Every site alone, linear maps of one tensor together, and one map across layers.
 
-def find_regions(sites: Iterable[Site]) -> tuple[Region, ...]:
-    """One ``single`` region per linear site."""
-    return tuple(Region(site.weight, "single", (site,)) for site in sites if site.kind == "linear")
+    ``shared_input``: linear sites that each run once, on the same tensor. ``stack``: linear sites with
+    one role in several layers; each two neighbours, and all of them.
+    """
+    every = list(sites)
+    own = [Region(site.weight, _own_kind(site), (site,)) for site in every]
+    once = [site for site in every if site.kind == "linear" and len(site.nodes) == 1]
+    return (*own, *_shared_inputs(once), *_stacks(program, once))
+
+
+def _own_kind(site: Site) -> RegionKind:
+    return "single" if site.kind == "linear" else site.kind
+
+
+def _shared_inputs(sites: Iterable[Site]) -> Iterator[Region]:
+    groups: dict[tuple[str, str], list[Site]] = defaultdict(list)
+    for site in sites:
+        groups[site.input, site.dtype].append(site)
+    yield from (_together("shared_input", members) for members in groups.values() if len(members) > 1)
+
+
+def _stacks(program: Program, sites: Sequence[Site]) -> Iterator[Region]:
+    groups: dict[tuple[Hashable, ...], list[Site]] = defaultdict(list)
+    for site, role in zip(sites, _roles(program, sites), strict=True):
+        groups[role].append(site)
+    for members in groups.values():
+        pairs = [members[start : start + 2] for start in range(0, len(members) - 1, 2)]
+        yield from (_together("stack", pair) for pair in pairs if len(members) > 2)
+        if len(members) > 1:
+            yield _together("stack", members)
+
+
+def _roles(program: Program, sites: Sequence[Site]) -> Iterator[tuple[Hashable, ...]]:
+    """What the same map of another layer has alike, the first and the last layer not excepted.
+
+    The shape, its place among the maps of its input (q is the first of three), what makes the input and
+    what takes the output; no names.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    families: dict[str, list[str]] = defaultdict(list)
+    for site in sites:
+        families[site.input].append(site.weight)
+    for site in sites:
+        node, family = nodes[site.nodes[0]], families[site.input]
+        before, after = _target(node.args[0]), tuple(sorted(_target(user) for user in node.users))
+        yield site.shape, site.dtype, len(family), family.index(site.weight), before, after
+
+
+def _target(node: Any) -> str:
+    return str(node.target) if node.op == "call_function" else str(node.op)
+
+
+def _together(kind: RegionKind, sites: Sequence[Site]) -> Region:
+    return Region(joint_name([site.weight for site in sites]), kind, tuple(sites))
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """One name for several: ``layers.0.{q_proj,k_proj}.weight``, ``layers.{0..29}.up.weight``."""
+    split = [name.split(".") for name in names]
+    head = len(os.path.commonprefix(split))
+    tail = len(os.path.commonprefix([parts[head:][::-1] for parts in split]))
+    middles = [".".join(parts[head : len(parts) - tail]) for parts in split]
+    numbers = [int(middle) for middle in middles if middle.isdecimal()]
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(middles))):
+        middles = [f"{numbers[0]}..{numbers[-1]}"]
+    return ".".join((*split[0][:head], f"{{{','.join(middles)}}}", *split[0][len(split[0]) - tail :]))
