@@ -18,12 +18,14 @@ from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.choice import Totals
+from geofx.compression import parameter_mae
 from geofx.errors import ConfigError, NumericsError, VerificationError
-from geofx.factorizations import FACTORIZATIONS, Factorization, Factors
+from geofx.factorizations import FACTORIZATIONS, Factored, Factorization, Factors
 from geofx.model import OptimizedModel
 from geofx.moments import Moments
 from geofx.objective import Objective
 from geofx.options import Option, list_options
+from geofx.parameter_space import ParameterSpace
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.count_flops import count_flops
@@ -37,14 +39,14 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.stages import Stages
 from geofx.summary import summarize
-from geofx.verify import Fidelity, verify
+from geofx.verify import SEEN, Fidelity, verify
 
 logger = logging.getLogger(__name__)
 
 EDITED, CLOSEST = "edited", "closest"
 """Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
 
-Rewrites = dict[str, tuple[Factorization, Factors]]
+Rewrites = dict[str, Factored]
 
 
 @dataclass(eq=False)
@@ -108,8 +110,8 @@ class Analysis:
         barred = refused or {}
         ignored = [
             Skip(name, "IGNORED", "left out by include / ignore")
-            for name in self.regions
-            if name not in allowed
+            for name, analysis in self.regions.items()
+            if not allowed.issuperset(analysis.region.weights)
         ]
         failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in barred.items()]
         kept = [
@@ -117,7 +119,7 @@ class Analysis:
             for option in options
             if option.is_dense
             or (
-                option.region.name in allowed
+                allowed.issuperset(option.region.weights)
                 and (option.region.name, option.factorization.name) not in barred
             )
         ]
@@ -153,7 +155,9 @@ class Analysis:
         stored = StoredAnalysis(
             model_hash=self.model_hash,
             moments=self.moments,
-            spectra={name: region.spectrum for name, region in self.regions.items()},
+            spectra={
+                name: found.spectrum for name, found in self.regions.items() if found.region.kind != "stack"
+            },
             example=dict(self.original.example),
             holdout=self.holdout,
             holdout_is_calibration=self.holdout_is_calibration,
@@ -172,7 +176,8 @@ class Analysis:
                 analysis = self.regions[choice.region]
                 try:
                     fitted, factors = choice.factorization.fit(analysis.weights, analysis)
-                    rewrites[choice.region] = (fitted, _stored(factors, analysis))
+                    stored = _stored(factors, analysis)
+                    rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
                 except NumericsError as error:
                     failures[choice.region] = error
                 self.progress("fit", done + 1, len(chosen))
@@ -196,24 +201,26 @@ class Analysis:
             module=self.module,
             config=_config_of(self.module),
             files=self.files,
+            original=self.original,
         )
 
     def _as_fitted(self, plan: Plan, rewrites: Rewrites) -> Plan:
         """Settings that a fit filled in, and the predicted loss of choices that were edited by hand."""
         choices = []
         for choice in plan.choices:
-            fitted, _ = rewrites.get(choice.region, (choice.factorization, {}))
-            loss = choice.loss
+            factored, loss = rewrites.get(choice.region), choice.loss
             if loss is None or plan.solver.status == EDITED:
                 analysis = self.regions[choice.region]
                 loss = choice.factorization.predicted_loss(analysis.region, analysis)
+            fitted = choice.factorization if factored is None else factored.factorization
             choices.append(replace(choice, factorization=fitted, loss=loss))
         return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))
 
     def _allowed(self, include: Iterable[str] | str, ignore: Iterable[str] | str) -> set[str]:
         """Names of the weights that patterns let through; a tied weight goes by each of its names."""
         aliases = self.original.aliases
-        known = (*self.regions, *(skip.weight for skip in self.skips), *aliases)
+        weights = dict.fromkeys(name for region in self.regions.values() for name in region.weights)
+        known = (*weights, *(skip.weight for skip in self.skips), *aliases)
         included = {aliases.get(name, name) for name in matching(known, include)}
         kept = set(matching(known, (), ignore))
         return included - {aliases.get(name, name) for name in known if name not in kept}
@@ -226,8 +233,11 @@ class Analysis:
 
     def _verified(self, program: Program, rewrites: Rewrites, held: list[Batch]) -> Fidelity:
         with self.stages("verify"):
-            mae = _parameter_mae(self, rewrites)
-            return verify(self.original, program, held, self.objective, mae, self.progress)
+            space = ParameterSpace.of(self.original)
+            mae = parameter_mae(space, space.reconstructed(program, rewrites))
+            found = verify(self.original, program, held, self.objective, mae, self.progress)
+        seen = self.holdout_is_calibration and held is self.holdout
+        return replace(found, data=SEEN) if seen else found
 
     def _priced(self, formats: tuple[type[Factorization], ...]) -> tuple[list[Option], list[Skip]]:
         if formats not in self._options:
@@ -264,18 +274,8 @@ def _config_of(module: nn.Module | None) -> dict[str, Any] | None:
 
 def _stored(factors: Factors, analysis: RegionAnalysis) -> Factors:
     """Factors on the weight's device, contiguous."""
-    (weight,) = analysis.weights.values()
+    weight = next(iter(analysis.weights.values()))
     return {name: part.to(weight.device).contiguous() for name, part in factors.items()}
-
-
-def _parameter_mae(analysis: Analysis, rewrites: Rewrites) -> float:
-    """mean |v - v̂| over all parameters of the model."""
-    total = 0.0
-    for name, (fitted, factors) in rewrites.items():
-        region = analysis.regions[name]
-        dense = fitted.to_dense(factors)
-        total += float((region.weights[name].double() - dense.double()).abs().sum())
-    return total / max(1, analysis.original.parameter_count())
 
 
 def _require_planned(program: Program, plan: Plan) -> None:

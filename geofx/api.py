@@ -54,6 +54,7 @@ def analyze(
     seed: int = 0,
     progress: Progress = log_progress,
     files: Mapping[str, bytes] | None = None,
+    directions: bool = False,
 ) -> Analysis:
     """Trace ``model``, run ``calibration`` through it, and measure what the loss sees of every weight.
 
@@ -69,6 +70,7 @@ def analyze(
         holdout: batches or text to verify on; by default the last eighth of the calibration batches.
         example: inputs to trace with; by default the first calibration batch.
         seed: of the noise that squared error is sampled with.
+        directions: also take the moments of inputs scaled to norm 1, for ESPACE's normalised criteria.
 
     Raises:
         CaptureError, CalibrationError, ConfigError: as their messages say.
@@ -93,7 +95,7 @@ def analyze(
     moments = Moments(mode="data_free", unit=UNITS["data_free"])
     if mode != "data_free":
         with stages("calibrate"):
-            moments = calibrate(program, batches, objective, mode, progress)
+            moments = calibrate(program, batches, objective, mode, progress, directions)
     module = model if isinstance(model, nn.Module) else None
     analysis = _assemble(original, program, moments, objective, held, module, stages, progress, files or {})
     analysis.holdout_is_calibration = leaking
@@ -171,7 +173,7 @@ def _assemble(
 ) -> Analysis:
     sites, skips = find_sites(program)
     with stages("analyse"):
-        regions, failed = analyse(program, find_regions(sites), moments, known, progress)
+        regions, failed = analyse(program, find_regions(program, sites), moments, known, progress)
         run_passes(
             program, [Analyse({name: region.spectrum for name, region in regions.items()})], written=[SITE]
         )

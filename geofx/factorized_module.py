@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geofx.errors import ConfigError
-from geofx.factorizations import Dense, Factorization, Factors
+from geofx.factorizations import Dense, Factored, Factorization, Factors, Lookup
+from geofx.factorizations.contract import of_site
 
 PROBE_SHAPE = (2, 3)
 """Leading dimensions of the random input that tells whether a module is a linear map."""
@@ -28,63 +29,94 @@ _HOOKS = (
 )
 
 
-class FactorizedLinear(nn.Module):
-    """y = factorization.apply(x, factors) + bias, for x (..., in) and y (..., out).
+class FactorizedLayer(nn.Module):
+    """A layer whose weight is given by factors: what `FactorizedLinear` and `FactorizedEmbedding` share.
 
-    Factors are parameters (index tensors buffers) named ``{leaf}_{factor}``, as they are in the graph.
+    Factors are parameters (index tensors buffers) named as in the graph, ``{leaf}_{factor}``; those that
+    several sites of a region share are one parameter, held by each of their layers.
 
     Attributes:
-        factorization: the format, whose `apply` is the forward.
+        factorization: the format.
+        site: which site of its region this layer is.
         transposed: the dense weight was stored as (in, out).
     """
 
-    bias: Tensor | None
     __jit_unused_properties__: ClassVar[list[str]] = ["factors", "weight"]
 
     def __init__(
         self,
         factorization: Factorization,
         factors: Factors,
-        bias: Tensor | None = None,
         *,
+        site: int = 0,
         trainable: bool = True,
         transposed: bool = False,
         leaf: str = "weight",
     ) -> None:
         super().__init__()
-        self.factorization, self.transposed = factorization, transposed
-        self._attributes = {name: f"{leaf}_{name}" for name in factors}
-        for name, value in factors.items():
-            if value.is_floating_point():
+        self.factorization, self.site, self.transposed = factorization, site, transposed
+        own = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
+        self._attributes = {name: f"{leaf}_{name.partition('@')[0]}" for name in own}
+        for name, value in own.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(self._attributes[name], value)
+            elif value.is_floating_point():
                 parameter = nn.Parameter(value.detach().clone(), requires_grad=trainable)
                 self.register_parameter(self._attributes[name], parameter)
             else:
                 self.register_buffer(self._attributes[name], value.clone())
-        if bias is None or isinstance(bias, nn.Parameter):
-            self.register_parameter("bias", bias)
-        else:
-            self.register_buffer("bias", bias)
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name."""
+        """The factors by name: the shared ones and those of this site."""
         return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for, as it was stored; for code that looks at it."""
-        dense = self.factorization.to_dense(self.factors)
+        dense = self.factorization.to_dense(self.factors, self.site)
         return dense.t() if self.transposed else dense
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the factors; ``x`` is (..., in)."""
-        y = self.factorization.apply(x, self.factors)
-        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """The format and the shapes of its factors."""
         shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.factors.items())
-        return f"{self.factorization}, {shapes}, bias={self.bias is not None}"
+        return f"{self.factorization}, {shapes}"
+
+
+class FactorizedLinear(FactorizedLayer):
+    """y = factorization.apply(x, factors) + bias, for x (..., in) and y (..., out)."""
+
+    bias: Tensor | None
+
+    def __init__(
+        self, factorization: Factorization, factors: Factors, bias: Tensor | None = None, **layer: Any
+    ) -> None:
+        super().__init__(factorization, factors, **layer)
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the factors; ``x`` is (..., in)."""
+        y = self.factorization.apply(x, self.factors, self.site)
+        return y if self.bias is None else y + self.bias
+
+
+class FactorizedEmbedding(FactorizedLayer):
+    """y = factorization.lookup(ids, factors): rows of the table, built for the asked ids only."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up ``ids``, integers of any shape; returns (..., dim)."""
+        assert isinstance(self.factorization, Lookup)
+        return self.factorization.lookup(ids, self.factors)
+
+
+def _belongs(factor: str, site: int, factors: Factors) -> bool:
+    """Whether a site needs a factor: all need a shared one, only the third ``left@2``."""
+    name, _, owner = factor.partition("@")
+    is_shared = of_site(name, 1) not in factors
+    return is_shared or int(owner or 0) == site
 
 
 @dataclass(frozen=True)
@@ -105,32 +137,45 @@ class _Owner:
 
 def factorize_module(
     model: nn.Module,
-    choices: Mapping[str, tuple[Factorization, Factors]],
+    choices: Iterable[Factored],
     aliases: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` in which the chosen weights W are given by their factors; ``model`` is unchanged.
 
     Every module that holds a chosen weight is replaced wherever it occurs; the dense weights are neither
-    copied nor kept. Training mode, ``requires_grad``, hooks and all other ties stay as they are.
+    copied nor kept. Training mode, ``requires_grad``, hooks and all other ties stay as they are, and factors
+    that several layers share are tied.
 
     Args:
         model: the eager model.
-        choices: weight name -> format and factors; `Dense` leaves the weight alone.
+        choices: formats, factors and the names of the weights; `Dense` leaves its weights alone.
         aliases: further names of a weight -> its name in ``choices``.
 
     Raises:
-        ConfigError: a name is not a weight of ``model``, or its module is not a plain linear map.
+        ConfigError: a name is not a weight of ``model``, or its module is neither a plain linear map nor a
+            plain lookup.
     """
     memo: dict[int, Any] = {}
     owners = list(_owners(model))
-    for name, (factorization, factors) in choices.items():
-        if isinstance(factorization, Dense):
+    for factored in choices:
+        if isinstance(factored.factorization, Dense):
             continue
-        weight = _find_weight(owners, name, aliases or {})
-        for owner in owners:
-            if owner.tensor is weight and id(owner.module) not in memo:
-                memo[id(owner.module)] = _replacement(owner, factorization, factors, memo)
+        weights = [_find_weight(owners, name, aliases or {}) for name in factored.weights]
+        tied = replace(factored, factors=_fresh(factored.factors, weights[0]))
+        for site, weight in enumerate(weights):
+            for owner in owners:
+                if owner.tensor is weight and id(owner.module) not in memo:
+                    memo[id(owner.module)] = _replacement(owner, tied, site, memo)
     return copy.deepcopy(model, memo)
+
+
+def _fresh(factors: Factors, like: Tensor) -> Factors:
+    """Copies on the weight's device, parameters where they are floating point, so that layers can share them."""
+    copies = {name: part.detach().to(like.device, copy=True) for name, part in factors.items()}
+    return {
+        name: nn.Parameter(part, requires_grad=like.requires_grad) if part.is_floating_point() else part
+        for name, part in copies.items()
+    }
 
 
 def _owners(model: nn.Module) -> Iterator[_Owner]:
@@ -148,21 +193,35 @@ def _find_weight(owners: list[_Owner], name: str, aliases: Mapping[str, str]) ->
     return found[0]
 
 
-def _replacement(
-    owner: _Owner, factorization: Factorization, factors: Factors, memo: dict[int, Any]
-) -> FactorizedLinear:
-    weight = owner.tensor
-    result = FactorizedLinear(
-        factorization,
-        {name: part.to(weight.device) for name, part in factors.items()},
-        copy.deepcopy(owner.bias, memo),  # the memo keeps a bias tied that is tied
-        trainable=weight.requires_grad,
-        transposed=_is_transposed(owner),
-        leaf=owner.leaf,
-    )
+def _replacement(owner: _Owner, factored: Factored, site: int, memo: dict[int, Any]) -> FactorizedLayer:
+    form, factors = factored.factorization, factored.factors
+    result: FactorizedLayer
+    if isinstance(form, Lookup) and _looks_up(owner):
+        result = FactorizedEmbedding(form, factors, site=site, leaf=owner.leaf)
+    else:
+        transposed = _is_transposed(owner)
+        bias = copy.deepcopy(owner.bias, memo)  # the memo keeps a bias tied that is tied
+        result = FactorizedLinear(
+            form, factors, bias, site=site, transposed=transposed, leaf=owner.leaf
+        )
     for hooks in _HOOKS:
         getattr(result, hooks).update(getattr(owner.module, hooks))
     return result.train(owner.module.training)
+
+
+@torch.no_grad()
+def _looks_up(owner: _Owner) -> bool:
+    """Whether the module computes W[ids] and holds nothing else."""
+    table = owner.tensor
+    renormalizes = getattr(owner.module, "max_norm", None) is not None  # in place: it must not see the probe
+    if table.dim() != 2 or len(owner.module.state_dict()) != 1 or renormalizes:
+        return False
+    ids = torch.arange(6).reshape(PROBE_SHAPE) * 7919 % table.shape[0]
+    try:
+        actual = owner.module.forward(ids.to(table.device))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    return isinstance(actual, Tensor) and torch.equal(actual, table[ids])
 
 
 def _is_transposed(owner: _Owner) -> bool:
@@ -181,7 +240,7 @@ def _is_transposed(owner: _Owner) -> bool:
                 return transposed
     also = f", also holds {others[0]}" if others else ""
     raise ConfigError(
-        f"module {owner.path!r} of class {type(owner.module).__name__} is not a plain linear map",
+        f"module {owner.path!r} of class {type(owner.module).__name__} is neither a plain linear map nor a lookup",
         where=f"{owner.leaf}, shape {tuple(owner.tensor.shape)}{also}",
         fix="add its weight to `ignore`, or merge adapters and parametrizations first",
     )

@@ -16,6 +16,7 @@ from geofx.choice import Totals
 from geofx.errors import ConfigError, NumericsError
 from geofx.options import Option
 from geofx.partition import Floats, Indices, Problem
+from geofx.region import OWN
 
 Caps = dict[Resource, float]
 _USE: dict[Resource, Callable[[Option], float]] = {
@@ -69,7 +70,7 @@ class OptionTable:
         """The all-dense partition."""
         found: dict[str, int] = {}
         for index, option in enumerate(self.options):
-            if option.is_dense and option.region.kind == "single":
+            if option.is_dense and option.region.kind in OWN:
                 found.setdefault(option.region.site.weight, index)
         return np.array(sorted(found.values()), dtype=np.intp)
 

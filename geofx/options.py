@@ -37,9 +37,9 @@ def list_options(
     formats: Iterable[type[Factorization]] = FACTORIZATIONS,
     rows_per_token: Mapping[str, float] | None = None,
 ) -> tuple[list[Option], list[Skip]]:
-    """Every option of every region, `Dense` always among them, and why formats proposed none.
+    """Every option of every region, `Dense` among those of every single site, and why formats proposed none.
 
-    ``rows_per_token`` says how often a region runs per token of the model (2 for a layer called twice, less
+    ``rows_per_token`` says how often a weight is used per token of the model (2 for a layer called twice, less
     than 1 for one that sees a sequence once); 1 where it says nothing.
     """
     chosen: tuple[type[Factorization], ...] = tuple(dict.fromkeys((Dense, *formats)))
@@ -47,7 +47,7 @@ def list_options(
     skips: list[Skip] = []
     for analysis in analyses:
         for member in chosen:
-            found, skip = _options_of(member, analysis, (rows_per_token or {}).get(analysis.region.name, 1.0))
+            found, skip = _options_of(member, analysis, _rows(analysis.region, rows_per_token or {}))
             options += found
             skips += skip
     return options, skips
@@ -58,7 +58,7 @@ def _options_of(
 ) -> tuple[list[Option], list[Skip]]:
     region = analysis.region
     if region.kind not in member.regions:
-        return [], [Skip(region.name, "NO_FORMAT", f"{member.name} does not rewrite {region.kind} regions")]
+        return [], []
     try:
         priced = [
             Option(
@@ -80,6 +80,11 @@ def _options_of(
     return [], [
         Skip(region.name, "NO_GAIN" if priced else "TOO_SMALL", f"{member.name} proposes nothing smaller")
     ]
+
+
+def _rows(region: Region, rows_per_token: Mapping[str, float]) -> float:
+    """Mean over the sites: they are of one shape, or read one tensor."""
+    return sum(rows_per_token.get(weight, 1.0) for weight in region.weights) / len(region.weights)
 
 
 def _gains(work: Workload, dense: Workload) -> bool:

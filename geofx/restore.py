@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from geofx import artifact
 from geofx.errors import ArtifactCorruptError, ArtifactMismatchError, ConfigError
-from geofx.factorizations import Factorization, Factors
+from geofx.factorizations import Factored, factor_name
 from geofx.model import OptimizedModel
-from geofx.passes.lower import factor_name
 from geofx.plan import Plan
 from geofx.program import Program
 from geofx.report import Report
@@ -50,17 +49,17 @@ def load(path: str | Path, *, module: nn.Module | None = None) -> OptimizedModel
     )
 
 
-def rewrites_of(program: Program, plan: Plan) -> dict[str, tuple[Factorization, Factors]]:
+def rewrites_of(program: Program, plan: Plan) -> dict[str, Factored]:
     """The factors of every rewritten region, out of the graph's own tensors.
 
     Raises:
         ArtifactMismatchError: the graph does not hold what the plan says.
     """
-    found: dict[str, tuple[Factorization, Factors]] = {}
+    found: dict[str, Factored] = {}
     for choice in plan.rewritten:
         shapes = choice.factorization.factor_shapes(choice.as_region())
         try:
-            factors = {name: program.weight(factor_name(choice.region, name)) for name in shapes}
+            factors = {name: program.weight(factor_name(choice.weights, name)) for name in shapes}
         except KeyError as error:
             raise ArtifactMismatchError(
                 "the graph lacks a factor of the plan", where=str(error), fix="save again"
@@ -71,13 +70,11 @@ def rewrites_of(program: Program, plan: Plan) -> dict[str, tuple[Factorization, 
                 f"factor {wrong!r} is {tuple(factors[wrong].shape)}, the plan says {shapes[wrong]}",
                 where=choice.region,
             )
-        found[choice.region] = (choice.factorization, factors)
+        found[choice.region] = Factored(choice.factorization, factors, choice.weights)
     return found
 
 
-def _rebuilt(
-    config: Mapping[str, Any], program: Program, rewrites: Mapping[str, tuple[Factorization, Factors]]
-) -> nn.Module:
+def _rebuilt(config: Mapping[str, Any], program: Program, rewrites: Mapping[str, Factored]) -> nn.Module:
     """The Hugging Face model of this configuration with the graph's parameters and buffers.
 
     Weights that were rewritten stay as they come: `to_module` replaces their layers. Buffers that the graph
@@ -104,16 +101,17 @@ def _value(
     name: str,
     tensor: Tensor,
     program: Program,
-    rewrites: Mapping[str, tuple[Factorization, Factors]],
+    rewrites: Mapping[str, Factored],
 ) -> Tensor | None:
     """The graph's tensor of this name; of a rewritten weight ``tensor`` itself, in its factors' type."""
     try:
         return program.weight(name)
     except KeyError:
-        rewritten = rewrites.get(program.aliases.get(name, name))
+        weight = program.aliases.get(name, name)
+    rewritten = next((factored for factored in rewrites.values() if weight in factored.weights), None)
     if rewritten is None:
         return None
-    like = next(part for part in rewritten[1].values() if part.is_floating_point())
+    like = next(part for part in rewritten.factors.values() if part.is_floating_point())
     return tensor.detach().to(like.dtype).requires_grad_(like.requires_grad)
 
 

@@ -11,17 +11,20 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from geofx.annotations import REWRITE, SENSITIVITY, SITE, Key, Rewrite
-from geofx.factorizations import Dense, Factorization, Factors
+from geofx.factorizations import Dense, Factored, Lookup
 from geofx.program import Program
 
 aten = torch.ops.aten
 
-Rewrites = Mapping[str, tuple[Factorization, Factors]]
+Rewrites = Mapping[str, Factored]
 
 
 @dataclass(frozen=True)
 class Lower:
-    """linear(x, W, b) -> apply(x, factors) + b for every weight in ``rewrites``."""
+    """linear(x, W, b) -> apply(x, factors) + b and embedding(W, i) -> lookup(i, factors), region by region.
+
+    Sites of a region read the same shared factors, and what they compute alike is computed once.
+    """
 
     rewrites: Rewrites = field(default_factory=dict)
 
@@ -31,74 +34,91 @@ class Lower:
 
     def run(self, program: Program) -> bool:
         """Rewrite every node whose site has a factorization other than dense."""
-        changed = False
-        for node in list(program.graph.nodes):
-            if SITE.name not in node.meta:
-                continue
-            site = SITE.get(node)
-            factorization, factors = self.rewrites.get(site.weight, (Dense(), {}))
-            if isinstance(factorization, Dense):
-                continue
-            _lower_node(program, node, site.weight, factorization, factors)
-            changed = True
-        return changed
+        owners: dict[str, tuple[_Lowering, int]] = {}
+        for region, factored in self.rewrites.items():
+            if not isinstance(factored.factorization, Dense):
+                lowering = _Lowering(program, region, factored)
+                owners |= {weight: (lowering, site) for site, weight in enumerate(factored.weights)}
+        nodes = [node for node in program.graph.nodes if SITE.name in node.meta]
+        chosen = [node for node in nodes if SITE.get(node).weight in owners]
+        for node in chosen:
+            lowering, site = owners[SITE.get(node).weight]
+            lowering.lower(node, site)
+        return bool(chosen)
 
 
-def factor_name(weight: str, factor: str) -> str:
-    """Attribute under which a factor is stored: the weight's name and the factor's."""
-    return f"{weight}_{factor}"
+class _Lowering:
+    """One region on its way into the graph: its factors attached, its nodes so far."""
 
+    def __init__(self, program: Program, region: str, factored: Factored) -> None:
+        self.program, self.region, self.factored = program, region, factored
+        self.seen: dict[tuple[Any, ...], fx.Node] = {}
 
-def _lower_node(
-    program: Program, node: fx.Node, weight: str, factorization: Factorization, factors: Factors
-) -> None:
-    trainable = program.weight(weight).requires_grad
-    for name, value in factors.items():
-        program.set_tensor(factor_name(weight, name), value, trainable=trainable)
-    graph = program.graph
-    with graph.inserting_before(node):
-        stored = {name: graph.get_attr(factor_name(weight, name)) for name in factors}
-        for name, attribute in stored.items():
-            attribute.meta["val"] = _fake_like(node.args[0], factors[name])
-        result = _inline(graph, node, factorization, stored)
-        if len(node.args) > 2 and node.args[2] is not None:
-            value = result.meta["val"]
-            result = graph.call_function(aten.add.Tensor, (result, node.args[2]))
-            result.meta["val"] = value
-    REWRITE.set(result, Rewrite(weight, factorization.name))
-    for key in (SITE, SENSITIVITY):
-        if key.name in node.meta:
-            result.meta[key.name] = node.meta[key.name]
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    def lower(self, node: fx.Node, site: int) -> None:
+        """Replace one use of one site."""
+        form, weight = self.factored.factorization, self.factored.weights[site]
+        is_lookup = node.target is aten.embedding.default
+        data: Any = node.args[1] if is_lookup else node.args[0]
+        bias: Any = None if is_lookup else (*node.args, None)[2]
+        with self.program.graph.inserting_before(node):
+            stored = self._attributes(data, self.program.weight(weight).requires_grad)
+            names = sorted(stored)
 
+            def body(x: Tensor, *parts: Tensor) -> Tensor:
+                factors = dict(zip(names, parts, strict=True))
+                if not is_lookup:
+                    return form.apply(x, factors, site)
+                assert isinstance(form, Lookup)
+                return form.lookup(x, factors)
 
-def _inline(
-    graph: fx.Graph, node: fx.Node, factorization: Factorization, stored: Mapping[str, fx.Node]
-) -> fx.Node:
-    """Copy the traced ``apply`` in before ``node``."""
-    names = sorted(stored)
-    x = node.args[0]
+            result = self._inline(node, body, [data, *(stored[name] for name in names)])
+            if bias is not None:
+                value = result.meta["val"]
+                result = self.program.graph.call_function(aten.add.Tensor, (result, bias))
+                result.meta["val"] = value
+        REWRITE.set(result, Rewrite(self.region, form.name))
+        for key in (SITE, SENSITIVITY):
+            if key.name in node.meta:
+                result.meta[key.name] = node.meta[key.name]
+        node.replace_all_uses_with(result)
+        self.program.graph.erase_node(node)
 
-    def body(x: Tensor, *parts: Tensor) -> Tensor:
-        return factorization.apply(x, dict(zip(names, parts, strict=True)))
+    def _attributes(self, data: Any, trainable: bool) -> dict[str, fx.Node]:
+        """A node per factor, before the current one; the tensors are stored at the region's first node."""
+        found = {}
+        for name, attribute in self.factored.attributes.items():
+            if (attribute,) not in self.seen:
+                self.program.set_tensor(attribute, self.factored.factors[name], trainable=trainable)
+                node = self.program.graph.get_attr(attribute)
+                node.meta["val"] = _fake_like(data, self.factored.factors[name])
+                self.seen[(attribute,)] = node
+            found[name] = self.seen[(attribute,)]
+        return found
 
-    fakes = [x.meta["val"], *(stored[name].meta["val"] for name in names)]  # type: ignore[union-attr]
-    with torch.no_grad():
-        traced = make_fx(body, pre_dispatch=True)(*fakes)
-    traced.graph.eliminate_dead_code()
-    inner = [item for item in traced.graph.nodes if item.op == "placeholder"]
-    values = dict(zip(inner, (x, *(stored[name] for name in names)), strict=True))
-    result = graph.graph_copy(traced.graph, values)
-    assert isinstance(result, fx.Node)
-    for item in (*traced.graph.nodes,):
-        copied = values.get(item)
-        if isinstance(copied, fx.Node) and item.op == "call_function":
-            copied.meta = {
-                "val": item.meta.get("val"),
-                "nn_module_stack": node.meta.get("nn_module_stack", {}),
-            }
-    return result
+    def _inline(self, node: fx.Node, body: Any, inputs: list[Any]) -> fx.Node:
+        """Copy the traced ``body`` in before ``node``; what an earlier site computed alike is taken from it."""
+        with torch.no_grad():
+            traced = make_fx(body, pre_dispatch=True)(*(item.meta["val"] for item in inputs))
+        traced.graph.eliminate_dead_code()
+        copies = dict(
+            zip((item for item in traced.graph.nodes if item.op == "placeholder"), inputs, strict=True)
+        )
+        for item in traced.graph.nodes:
+            if item.op == "output":
+                return copies[item.args[0]]  # type: ignore[no-any-return]
+            if item.op != "placeholder":
+                copies[item] = self._copy(item, copies, node.meta.get("nn_module_stack", {}))
+        raise AssertionError("a traced graph has an output")
+
+    def _copy(self, item: fx.Node, copies: Mapping[fx.Node, fx.Node], stack: Any) -> fx.Node:
+        args = fx.map_arg(item.args, copies.__getitem__)
+        kwargs = fx.map_arg(item.kwargs, copies.__getitem__)
+        key = (item.target, repr(args), repr(kwargs))
+        if item.op == "get_attr" or key not in self.seen:
+            copied = self.program.graph.node_copy(item, copies.__getitem__)
+            copied.meta = {"val": item.meta.get("val"), "nn_module_stack": stack}
+            self.seen[key] = copied
+        return self.seen[key]
 
 
 def _fake_like(x: Any, value: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def test_rows_41_and_57_a_site_without_tokens_stays_dense() -> None:
     assert empty.input_moment("w") is None
     _, program = program_of("mlp")
     moments = Moments(tokens={}, mode="forward")
-    found, skips = analyse(program, find_regions(sites_of(program)), moments)
+    found, skips = analyse(program, find_regions(program, sites_of(program)), moments)
     assert not found
     assert {skip.reason for skip in skips} == {"NO_CALIBRATION"}
 

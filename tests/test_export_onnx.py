@@ -19,7 +19,7 @@ from geofx.export.cases import Case, make_cases, require_equal, shortened
 from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import staging
-from geofx.factorizations import Factorization, Factors, GaugeFixed, LowRank
+from geofx.factorizations import Factored, Factorization, Factors, GaugeFixed, LowRank
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
@@ -53,7 +53,10 @@ def lowered(model: nn.Module, example: Mapping[str, Tensor], inside: str = "") -
     run_passes(program, passes)
     sites = [site for site in sites_of(program) if inside in site.weight]
     assert sites
-    rewrites = {s.weight: fit(FORMATS[i % 3], s, program.weight(s.weight)) for i, s in enumerate(sites)}
+    rewrites = {
+        s.weight: Factored(*fit(FORMATS[i % 3], s, program.weight(s.weight)), (s.weight,))
+        for i, s in enumerate(sites)
+    }
     run_passes(program, [Lower(rewrites), Cleanup()], passes[1].writes)
     assert not {site.weight for site in sites} & {name for name, _ in program.tensors()}
     return program

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from geofx.errors import ConfigError
-from geofx.factorizations import Dense, Factorization, Factors, GaugeFixed, LowRank
-from geofx.factorized_module import FactorizedLinear, factorize_module
+from geofx.factorizations import Dense, Factored, Factorization, Factors, GaugeFixed, LowRank
+from geofx.factorized_module import FactorizedLinear
+from geofx.factorized_module import factorize_module as factorize_regions
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis
 from geofx.site import Site
@@ -33,6 +35,14 @@ def choose(model: nn.Module, names: list[str], *, transposed: bool = False) -> C
         name: fit(BOTH[index % len(BOTH)], name, weights[name].t() if transposed else weights[name])
         for index, name in enumerate(names)
     }
+
+
+def factorize_module(
+    model: nn.Module, choices: Choices, aliases: Mapping[str, str] | None = None
+) -> nn.Module:
+    """`factorize_regions` for regions of one weight each."""
+    regions = [Factored(form, factors, (name,)) for name, (form, factors) in choices.items()]
+    return factorize_regions(model, regions, aliases)
 
 
 def dense_copy(model: nn.Module, choices: Choices, *, transposed: bool = False) -> nn.Module:
@@ -161,11 +171,21 @@ def test_row_32_tied_embedding_stays_tied() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_row_32_a_tied_weight_cannot_be_replaced_in_one_place_only() -> None:
+def test_row_32_a_tied_weight_is_factored_in_both_uses_or_not_at_all() -> None:
     model = llama()
     weight = model.lm_head.weight
+    choices: Choices = {"lm_head.weight": fit(LowRank(16), "lm_head.weight", weight)}
+    result = factorize_module(model, choices)
+    assert result.lm_head.weight_left is result.model.embed_tokens.weight_left
+    assert sum(part.numel() for part in result.parameters()) < sum(part.numel() for part in model.parameters())
+    form, factors = choices["lm_head.weight"]
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        dense.lm_head.weight.copy_(form.to_dense(factors))
+        ids = torch.randint(0, 64, (2, 7))
+        torch.testing.assert_close(result(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"embed_tokens.*Embedding.*ignore"):
-        factorize_module(model, {"lm_head.weight": fit(LowRank(4), "lm_head.weight", weight)})
+        factorize_module(model, {"lm_head.weight": fit(GaugeFixed(4), "lm_head.weight", weight)})
 
 
 def test_alias_finds_the_weight() -> None:
@@ -288,7 +308,7 @@ class Scaled(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "layer", [Adapted(), Scaled(12, 20), nn.Embedding(20, 12)], ids=lambda m: type(m).__name__
+    "layer", [Adapted(), Scaled(12, 20), nn.Embedding(20, 12, max_norm=1.0)], ids=lambda m: type(m).__name__
 )
 def test_row_28_module_that_is_not_a_plain_linear_map_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(layer)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factorization, Factors
+from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
 from geofx.factorizations.low_rank import LowRank
@@ -19,10 +19,13 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed)
 __all__ = [
     "FACTORIZATIONS",
     "Dense",
+    "Factored",
     "Factorization",
     "Factors",
     "GaugeFixed",
+    "Lookup",
     "LowRank",
+    "factor_name",
     "from_json",
     "to_json",
 ]
