@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -153,6 +153,25 @@ class RegionAnalysis:
         return metrics[0] if len(metrics) == 1 else _joint(metrics, self.region.rows)
 
     @property
+    def stacked(self) -> Tensor:
+        """(sites, out, in): the weights of sites of one shape, in float64 where they are, else in float32."""
+        weights = torch.stack([require_finite(weight, name) for name, weight in self.weights.items()])
+        return weights if weights.dtype == torch.float64 else weights.float()
+
+    def stacked_gradient(self) -> Callable[[Tensor], Tensor]:
+        """ΔW (sites, out, in) -> scale_i · G_i ΔW_i A_i for each site i: half the gradient of the loss."""
+        metrics = [self.metrics[name] for name in self.weights]
+
+        def gradient(change: Tensor) -> Tensor:
+            return torch.stack([m.scale * m.gradient(part) for m, part in zip(metrics, change, strict=True)])
+
+        return gradient
+
+    def stacked_loss(self, change: Tensor) -> float:
+        """Σ_i scale_i · tr(G_i ΔW_i A_i ΔW_iᵀ)."""
+        return sum(self.metrics[name].loss(part) for name, part in zip(self.weights, change, strict=True))
+
+    @property
     def spectrum(self) -> Spectrum:
         """The two-sided spectrum: the one given (a saved analysis'), else that of `truncation`."""
         return self.known_spectrum or self.truncation.spectrum
@@ -208,7 +227,8 @@ def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
     if sum(rows) > FULL_DECOMPOSITION_LIMIT:
         joint = torch.cat([part if part.dim() == 1 else part.diagonal() for part in outputs])
     else:
-        joint = torch.block_diag(*(part.diag() if part.dim() == 1 else part for part in outputs))
+        blocks = [part.diag() if part.dim() == 1 else part for part in outputs]
+        joint = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return Metric(torch.stack(inputs).mean(0) if inputs else None, joint)
 
 
@@ -280,7 +300,7 @@ def nearest_product(first: Metric, second: Metric, shape: tuple[int, ...]) -> Me
         side = torch.ones(rows) if metric.output is None else metric.output
         outputs.append(metric.scale * (side if side.dim() == 1 else side.diagonal()).double())
         inputs.append((torch.eye(columns) if metric.input is None else metric.input).double())
-    norms = [part.norm() for part in inputs]
+    norms = [part.norm().clamp_min(torch.finfo(torch.float64).tiny) for part in inputs]
     left = torch.stack([part * norm for part, norm in zip(outputs, norms, strict=True)], 1)
     right = torch.stack([(part / norm).flatten() for part, norm in zip(inputs, norms, strict=True)], 1)
     gram = left.T @ left

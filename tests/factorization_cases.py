@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geofx.factorizations import Dense, Factorization, GaugeFixed, LowRank
+from geofx.factorizations import Dense, Factorization, GaugeFixed, LowRank, SharedBasis, SharedWeight
 from geofx.region import RegionKind
 
 
@@ -63,4 +63,10 @@ CASES["low_rank-shared_input"] = Case(
 CASES["low_rank-embedding"] = Case(LowRank(3), LowRank(9), _rank(9), 1e-6, "embedding", flops=2 * 9 * 20)
 CASES["low_rank-tied_embedding"] = Case(
     LowRank(3), LowRank(9), _rank(9), 1e-6, "tied_embedding", flops=2 * 9 * (20 + 24 + 20)
+)
+CASES["shared_basis"] = Case(
+    SharedBasis(3), SharedBasis(9), _rank(9, 3), 1e-6, "stack", flops=3 * 2 * 9 * (20 + 24)
+)
+CASES["shared_weight"] = Case(
+    SharedWeight(), SharedWeight(), (random(24, 20),) * 3, 1e-6, "stack", flops=3 * 2 * 480
 )

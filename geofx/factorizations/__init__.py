@@ -13,8 +13,10 @@ from geofx.factorizations.contract import Factored, Factorization, Factors, Look
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
 from geofx.factorizations.low_rank import LowRank
+from geofx.factorizations.shared_basis import SharedBasis
+from geofx.factorizations.shared_weight import SharedWeight
 
-FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed)
+FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed, SharedBasis, SharedWeight)
 
 __all__ = [
     "FACTORIZATIONS",
@@ -25,6 +27,8 @@ __all__ = [
     "GaugeFixed",
     "Lookup",
     "LowRank",
+    "SharedBasis",
+    "SharedWeight",
     "factor_name",
     "from_json",
     "to_json",
