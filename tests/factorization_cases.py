@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geofx.factorizations import Dense, Factorization, GaugeFixed, LowRank, SharedBasis, SharedWeight
+from geofx.factorizations import (
+    ActivationSubspace,
+    Dense,
+    Factorization,
+    GaugeFixed,
+    LowRank,
+    SharedBasis,
+    SharedWeight,
+)
 from geofx.region import RegionKind
 
 
@@ -69,4 +77,22 @@ CASES["shared_basis"] = Case(
 )
 CASES["shared_weight"] = Case(
     SharedWeight(), SharedWeight(), (random(24, 20),) * 3, 1e-6, "stack", flops=3 * 2 * 480
+)
+CASES["activation_subspace"] = Case(ActivationSubspace(3), ActivationSubspace(20), _rank(20), 1e-6)
+CASES["activation_subspace-mse"] = Case(
+    ActivationSubspace(3, "mse"), ActivationSubspace(20, "mse"), _rank(20), 1e-6
+)
+CASES["activation_subspace-go_mse"] = Case(
+    ActivationSubspace(3, "go_mse"), ActivationSubspace(20, "go_mse"), _rank(20), 1e-6
+)
+CASES["activation_subspace-nl_mse"] = Case(
+    ActivationSubspace(3, "nl_mse"), ActivationSubspace(20, "nl_mse"), _rank(20), 1e-6
+)
+CASES["activation_subspace-shared_input"] = Case(
+    ActivationSubspace(3),
+    ActivationSubspace(20),
+    _rank(20, 3),
+    1e-6,
+    "shared_input",
+    flops=2 * 20 * (20 + 72),
 )

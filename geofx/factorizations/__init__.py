@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from geofx.errors import PlanError
+from geofx.factorizations.activation_subspace import ActivationSubspace
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
@@ -16,10 +17,18 @@ from geofx.factorizations.low_rank import LowRank
 from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
 
-FACTORIZATIONS: tuple[type[Factorization], ...] = (Dense, LowRank, GaugeFixed, SharedBasis, SharedWeight)
+FACTORIZATIONS: tuple[type[Factorization], ...] = (
+    Dense,
+    LowRank,
+    GaugeFixed,
+    SharedBasis,
+    SharedWeight,
+    ActivationSubspace,
+)
 
 __all__ = [
     "FACTORIZATIONS",
+    "ActivationSubspace",
     "Dense",
     "Factored",
     "Factorization",
