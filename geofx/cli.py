@@ -20,6 +20,7 @@ from geofx import doctor as examination
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
 from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
+from geofx.cli_taxonomy import taxonomy
 from geofx.environment import version_of
 from geofx.errors import GeofxError, ResourceError
 from geofx.report_rows import plain
@@ -147,6 +148,7 @@ COMMANDS: tuple[tuple[str, Any], ...] = (
     ("export", export),
     ("eval", evaluate),
     ("bench", bench),
+    ("taxonomy", taxonomy),
     ("demo", demo),
     ("doctor", doctor),
 )

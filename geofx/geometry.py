@@ -94,4 +94,4 @@ class GeometricForm:
 
 def _kind(name: str) -> str:
     """``name`` without the number that tells one from the next: ``block input`` of ``block 3 input``."""
-    return re.sub(r"\s*\d+", "", name).strip() or name
+    return re.sub(r"\s*@?\d+", "", name).strip() or name

@@ -80,6 +80,8 @@ class RegionRow:
         effective_rank: exp of the entropy of the weighted singular values.
         rank_99: least rank that keeps 99 % of the weighted energy.
         spectrum: σ_i², descending; may be thinned out or empty.
+        subspaces: how many the form has, and which, in words.
+        transformations: what happens among them, in order, in words.
     """
 
     name: str
@@ -94,6 +96,8 @@ class RegionRow:
     effective_rank: float | None = None
     rank_99: int | None = None
     spectrum: tuple[float, ...] = ()
+    subspaces: str = ""
+    transformations: str = ""
 
 
 @dataclass(frozen=True)

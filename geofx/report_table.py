@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import RenderableType
@@ -21,6 +22,8 @@ def report_tables(report: Report, regions: int = MOST_REGIONS) -> Iterator[Rende
     yield comparison_table(report)
     if report.regions and regions:
         yield region_table(report, regions)
+        if any(row.subspaces for row in report.regions):
+            yield geometry_table(report)
     if report.stages:
         yield stage_table(report)
     for note in report.notes[:MOST_REGIONS]:
@@ -53,6 +56,21 @@ def region_table(report: Report, most: int) -> Table:
             loss,
             "" if row.rank_99 is None else str(row.rank_99),
         )
+    return table
+
+
+def geometry_table(report: Report) -> Table:
+    """The forms in the plan: how many subspaces, and what happens among them."""
+    kinds = Counter(
+        (row.factorization, row.subspaces.partition(":")[0], row.transformations) for row in report.regions
+    )
+    table = Table(header_style="bold")
+    for name in ("form", "regions", "subspaces", "transformations"):
+        table.add_column(
+            name, justify="right" if name in ("regions", "subspaces") else "left", overflow="fold"
+        )
+    for (form, subspaces, transformations), number in kinds.most_common():
+        table.add_row(Text(plain(form)), str(number), Text(plain(subspaces)), Text(plain(transformations)))
     return table
 
 

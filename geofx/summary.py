@@ -110,6 +110,7 @@ def _rows(analysis: Analysed, plan: Plan) -> Iterable[RegionRow]:
 
 
 def _row(choice: Choice, refused: tuple[str, ...], spectrum: Spectrum | None) -> RegionRow:
+    form = choice.factorization.geometry(choice.as_region())
     return RegionRow(
         name=choice.region,
         kind=choice.kind,
@@ -123,6 +124,8 @@ def _row(choice: Choice, refused: tuple[str, ...], spectrum: Spectrum | None) ->
         effective_rank=None if spectrum is None else spectrum.effective_rank,
         rank_99=None if spectrum is None else spectrum.rank_at(0.99),
         spectrum=() if spectrum is None else _thinned(spectrum),
+        subspaces=f"{form.count}: {form.which}",
+        transformations=form.operations,
     )
 
 

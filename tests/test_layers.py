@@ -17,7 +17,7 @@ FOLDERS = {
 
 LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
-    "geofx.cli_results geofx.demo geofx.doctor",
+    "geofx.cli_results geofx.cli_taxonomy geofx.taxonomy geofx.demo geofx.doctor",
     "geofx.api geofx.restore",
     "geofx.analysis",
     "geofx.analysis_store geofx.summary",

@@ -1,0 +1,126 @@
+"""The table: forms in words, a row per format and module, and the same words in every report."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import tiny_models
+from factorization_cases import CASES
+from rich.console import Console
+from test_factorizations import random_analysis
+
+import geofx
+from geofx.cli import main
+from geofx.errors import ConfigError
+from geofx.factorizations import FACTORIZATIONS, Dense, GaugeFixed, LowRank
+from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.report_html import report_html
+from geofx.report_table import report_tables
+from geofx.taxonomy import TaxonomyRow, citations, taxonomy
+from geofx.workload import measure
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, TaxonomyRow]:
+    return {row.name: row for row in taxonomy((48, 48))}
+
+
+def test_a_form_in_words() -> None:
+    spaces = (*(Subspace(f"block {index} in", 2, 8) for index in range(4)), Subspace("out", 8, 8))
+    steps = (
+        *(Transformation("scale", (f"block {index} in",), f"block {index}") for index in range(4)),
+        Transformation("direct_sum", tuple(f"block {index}" for index in range(4)), "out"),
+    )
+    form = GeometricForm(spaces, steps)
+    assert str(form) == "5 subspaces (4 x block in 2 of 8, out 8): scale x 4, direct sum"
+    assert (form.count, form.basis_numbers) == (5, 4 * 16 + 64)
+    alone = GeometricForm((Subspace("input", 3, 9),), (Transformation("project", ("input",), "input"),))
+    assert str(alone) == "1 subspace (input 3 of 9): project"
+
+
+def test_every_format_has_a_row_and_a_paper(table: dict[str, TaxonomyRow]) -> None:
+    assert list(table) == [
+        "linear",
+        "concatenation",
+        "attention",
+        *(member.name for member in FACTORIZATIONS),
+    ]
+    for member in FACTORIZATIONS:
+        row = table[member.name]
+        assert set(row.regions) == member.regions
+        assert row.setting.startswith(member.__name__)
+        assert row.papers or member is Dense, member.name
+
+
+def test_citations_are_read_from_the_documentation() -> None:
+    assert {"Eckart and Young 1936", "Wang et al. 2024"} <= set(citations(LowRank))
+    assert citations(GaugeFixed) == ("Zhao et al. 2025",)
+    assert citations(Dense) == ()
+
+
+def test_section_2_5(table: dict[str, TaxonomyRow]) -> None:
+    """Linear = projection, concatenation = direct sum, attention = two projections, through K and V."""
+    assert str(table["linear"].form) == "2 subspaces (input 48, output 48): project"
+    assert str(table["concatenation"].form) == "2 subspaces (2 x P 24 of 48): direct sum"
+    assert str(table["attention"].form) == "3 subspaces (Q 48, K 48, V 48): project, scale, project"
+    projections = [step for step in table["attention"].form.transformations if step.operation == "project"]
+    assert [(step.source, step.target) for step in projections] == [(("Q",), "K"), (("K",), "V")]
+
+
+def test_the_example_is_the_setting_nearest_to_half_the_numbers(table: dict[str, TaxonomyRow]) -> None:
+    assert table["low_rank"].setting == str(LowRank(12))
+    assert table["low_rank"].numbers == 12 * (48 + 48) == table["low_rank"].form.basis_numbers
+    assert table["dense"].numbers == table["linear"].numbers == 48 * 48
+
+
+def unknown_sources(form: GeometricForm) -> Iterator[str]:
+    known = {space.name for space in form.subspaces}
+    for step in form.transformations:
+        yield from (source for source in step.source if source not in known)
+        known.add(step.target)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformations_start_from_what_is_there(name: str) -> None:
+    """Sources are subspaces or targets of earlier steps, names are unique, and every subspace is used."""
+    form = CASES[name].large.geometry(random_analysis(CASES[name]).region)
+    assert not list(unknown_sources(form))
+    names = Counter(space.name for space in form.subspaces)
+    assert max(names.values()) == 1
+    used = {name for step in form.transformations for name in (*step.source, step.target)}
+    assert set(names) <= used
+
+
+def test_bases_are_what_one_basis_per_subspace_stores() -> None:
+    region = random_analysis(CASES["low_rank"]).region
+    assert LowRank(5).geometry(region).basis_numbers == measure(LowRank(5), region).parameters
+
+
+def test_the_command_line_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["taxonomy", "--shape", "48x48"]) == 0
+    text = capsys.readouterr().out
+    assert all(member.name in text for member in FACTORIZATIONS)
+    assert main(["taxonomy", "--shape", "48x48", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["low_rank"]["subspaces"] == 2
+    assert rows["low_rank"]["which"] == "input 12 of 48, output 12 of 48"
+    assert rows["low_rank"]["transformations"] == "project, scale, expand"
+    assert main(["taxonomy", "--shape", "48"]) == ConfigError.exit_code
+    assert "not OUTxIN" in capsys.readouterr().err
+
+
+def test_a_report_says_it_for_every_region() -> None:
+    result = geofx.optimize(
+        tiny_models.build("mlp"), geofx.Budget(size=0.8), calibration=[tiny_models.example("mlp", 8)]
+    )
+    for row, choice in zip(result.report.regions, result.plan.choices, strict=True):
+        form = choice.factorization.geometry(choice.as_region())
+        assert (row.subspaces, row.transformations) == (f"{form.count}: {form.which}", form.operations)
+        assert row.subspaces in report_html(result.report)
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(*report_tables(result.report))
+    assert result.report.regions[0].transformations in stream.getvalue()
