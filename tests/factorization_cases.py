@@ -9,10 +9,13 @@ from torch import Tensor
 
 from geofx.factorizations import (
     ActivationSubspace,
+    BlockTensorTrain,
     Dense,
     Factorization,
     GaugeFixed,
+    Kronecker,
     LowRank,
+    Monarch,
     SharedBasis,
     SharedWeight,
 )
@@ -95,4 +98,32 @@ CASES["activation_subspace-shared_input"] = Case(
     1e-6,
     "shared_input",
     flops=2 * 20 * (20 + 72),
+)
+
+
+def _kronecker(terms: int) -> tuple[Tensor]:
+    pairs = ((random(6, 5, seed=term), random(4, 4, seed=100 + term)) for term in range(terms))
+    return (torch.stack([torch.kron(*pair) for pair in pairs]).sum(0),)
+
+
+def _blocks(rank: int, rows: int, columns: int) -> tuple[Tensor]:
+    """Every block of every ``rows``-th output and a run of inputs, ``columns`` of them, has the rank."""
+    weight = torch.zeros(24, 20, dtype=torch.float64)
+    for row in range(rows):
+        for place, run in enumerate(torch.arange(20).chunk(columns)):
+            seed = 1 + row + 10 * place
+            weight[row::rows, run] = random(24 // rows, rank, seed=seed) @ random(rank, len(run), seed=-seed)
+    return (weight,)
+
+
+CASES["kronecker"] = Case(
+    Kronecker(2, (6, 4), (5, 4)),
+    Kronecker(5, (6, 4), (5, 4)),
+    _kronecker(5),
+    1e-6,
+    flops=2 * 5 * 4 * 5 * (4 + 6),
+)
+CASES["monarch"] = Case(Monarch(1, 4), Monarch(2, 4), _blocks(2, 4, 4), 1e-6)
+CASES["block_tensor_train"] = Case(
+    BlockTensorTrain(1, (6, 4), (5, 4)), BlockTensorTrain(2, (6, 4), (5, 4)), _blocks(2, 4, 5), 1e-6
 )

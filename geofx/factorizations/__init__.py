@@ -10,10 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from geofx.errors import PlanError
 from geofx.factorizations.activation_subspace import ActivationSubspace
+from geofx.factorizations.block_tensor_train import BlockTensorTrain
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
+from geofx.factorizations.kronecker import Kronecker
 from geofx.factorizations.low_rank import LowRank
+from geofx.factorizations.monarch import Monarch
 from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
 
@@ -24,9 +27,15 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     SharedBasis,
     SharedWeight,
     ActivationSubspace,
+    BlockTensorTrain,
+    Kronecker,
+    Monarch,
 )
 
 __all__ = [
+    "Monarch",
+    "Kronecker",
+    "BlockTensorTrain",
     "FACTORIZATIONS",
     "ActivationSubspace",
     "Dense",

@@ -1,0 +1,150 @@
+"""What the formats made of small blocks share: batched weighted truncation and products of block matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from geofx.errors import PlanError
+from geofx.factorizations.contract import Factors
+from geofx.factorizations.refine import Dense, refine
+from geofx.linalg import eigh_psd, require_finite
+from geofx.region import Region
+from geofx.region_analysis import RegionAnalysis
+
+Fold = tuple[int, int]
+
+
+def require_fold(rows: Fold, columns: Fold, region: Region) -> None:
+    """Raises PlanError unless the folds multiply to the region's shape."""
+    if min(*rows, *columns) < 1 or (rows[0] * rows[1], columns[0] * columns[1]) != region.shape:
+        raise PlanError(
+            f"the folds {rows} and {columns} do not multiply to {region.shape}",
+            where=region.name,
+            fix="mend the folds",
+        )
+
+
+def to_blocks(weight: Tensor, rows: Fold, columns: Fold) -> Tensor:
+    """(m2, n1, m1, n2): block (β, γ) has the outputs α m2 + β and the inputs γ n2 + δ, for all α and δ."""
+    return weight.reshape(*rows, *columns).permute(1, 2, 0, 3)
+
+
+def truncate_blocks(
+    blocks: Tensor, rank: int, outputs: Tensor | None = None, inputs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """argmin over L, R of rank r of tr(G (B - L R) A (B - L R)ᵀ) for each block B of a batch at once.
+
+    By an eigenproblem on the smaller side; the larger needs no root, as in `region_analysis.truncate`.
+
+    Args:
+        blocks: B, (..., p, q).
+        rank: r <= min(p, q).
+        outputs: G, (..., p, p) of a batch that broadcasts, or None for the identity.
+        inputs: A, (..., q, q), likewise.
+
+    Returns:
+        L (..., p, r) and R (..., r, q) in float64, each column of L as long as its row of R.
+    """
+    if blocks.shape[-2] < blocks.shape[-1]:
+        left, right = truncate_blocks(blocks.mT, rank, inputs, outputs)
+        return right.mT, left.mT
+    root = _root(inputs)
+    lifted = blocks.double() if root is None else blocks.double() @ root
+    gram = lifted.mT @ (lifted if outputs is None else outputs.double() @ lifted)
+    axes = _leading_axes(gram, rank)
+    left = lifted @ axes
+    right = axes.mT if root is None else torch.linalg.solve_triangular(root.mT, axes, upper=True).mT
+    balance = (right.norm(dim=-1) / left.norm(dim=-2).clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
+    return left * balance[..., None, :], right / balance[..., :, None]
+
+
+def _root(moment: Tensor | None) -> Tensor | None:
+    """Cholesky factors of a batch; the identity's, None, where one is not positive definite."""
+    if moment is None:
+        return None
+    root, info = torch.linalg.cholesky_ex(moment.double())
+    return None if bool(info.any()) else root
+
+
+def _leading_axes(gram: Tensor, rank: int) -> Tensor:
+    """(..., q, r): the eigenvectors of the r largest eigenvalues, largest first."""
+    require_finite(gram, "a block's Gram matrix")
+    try:
+        vectors: Tensor = torch.linalg.eigh(gram)[1].flip(-1)
+    except RuntimeError:
+        flat = gram.reshape(-1, *gram.shape[-2:])
+        vectors = torch.stack([eigh_psd(one, "a block's Gram matrix")[1] for one in flat]).reshape(gram.shape)
+    return vectors[..., :rank]
+
+
+def whole(moment: Tensor) -> Tensor:
+    """A moment as a matrix, where it was given by its diagonal."""
+    return moment.diag() if moment.dim() == 1 else moment
+
+
+def diagonal_blocks(moment: Tensor | None, fold: Fold, along: int) -> Tensor | None:
+    """Diagonal blocks of a moment whose index is folded, one for each value of part ``along`` (0 or 1)."""
+    if moment is None:
+        return None
+    return whole(moment).reshape(*fold, *fold).diagonal(0, along, along + 2).movedim(-1, 0)
+
+
+def refine_best(dense: Dense, starts: Sequence[Factors], analysis: RegionAnalysis) -> dict[str, Tensor]:
+    """The best of ``starts`` in the loss-weighted metric, refined in it; in the weight's dtype.
+
+    Raises:
+        NumericsError: a factor is not finite in that dtype.
+    """
+    weight, metric = analysis.weight, analysis.metric
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    target = weight.to(dtype)
+
+    def loss(factors: Factors) -> float:
+        change = target - dense(factors)
+        return float((change * metric.gradient(change)).sum())
+
+    typed = [{name: part.to(dtype) for name, part in start.items()} for start in starts]
+    refined = refine(dense, min(typed, key=loss), target, metric.gradient)
+    return {
+        name: require_finite(part.to(weight), f"factor {name}").contiguous() for name, part in refined.items()
+    }
+
+
+def fit_blocks(rank: int, rows: Fold, columns: Fold, analysis: RegionAnalysis) -> dict[str, Tensor]:
+    """``left`` (m2, m1, n1 r) and ``right`` (n1, m2 r, n2) whose `compose` is nearest to the weight.
+
+    Starts: the truncation of every block, which is optimal without a metric, and the same with each block
+    weighted by the diagonal blocks of G and A at its outputs and inputs.
+    """
+    blocks = to_blocks(require_finite(analysis.weight, analysis.region.name), rows, columns)
+    outputs = diagonal_blocks(analysis.metric.output, rows, 1)
+    inputs = diagonal_blocks(analysis.metric.input, columns, 0)
+    pairs = (
+        truncate_blocks(blocks, rank),
+        truncate_blocks(blocks, rank, outputs if outputs is None else outputs[:, None], inputs),
+    )
+    starts = [
+        {"left": left.transpose(1, 2).flatten(2), "right": right.transpose(0, 1).flatten(1, 2)}
+        for left, right in pairs
+    ]
+    return refine_best(lambda factors: compose(factors["left"], factors["right"]), starts, analysis)
+
+
+def compose(left: Tensor, right: Tensor) -> Tensor:
+    """(m1 m2, n1 n2): W[α m2 + β, γ n2 + δ] = Σ_σ left[β, α, γ r + σ] · right[γ, β r + σ, δ]."""
+    (m2, m1, _), (n1, _, n2) = left.shape, right.shape
+    blocks = torch.einsum("bacs,cbsd->abcd", left.reshape(m2, m1, n1, -1), right.reshape(n1, m2, -1, n2))
+    return blocks.reshape(m1 * m2, n1 * n2)
+
+
+def multiply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x · compose(left, right)ᵀ as two batched matmuls with a transposition between and after."""
+    (m2, m1, _), (n1, _, n2) = left.shape, right.shape
+    slices = x.reshape(-1, n1, n2).transpose(0, 1)
+    inner = torch.bmm(slices, right.transpose(1, 2))
+    crossed = inner.reshape(n1, -1, m2, right.shape[1] // m2).permute(2, 1, 0, 3).flatten(2)
+    blocks = torch.bmm(crossed, left.transpose(1, 2))
+    return blocks.permute(1, 2, 0).reshape(*x.shape[:-1], m1 * m2)
