@@ -28,14 +28,8 @@ def outputs_of(form: Factorization, factors: Factors, folder: Path) -> Iterator[
     weight = form.to_dense(factors)
     example, generator = torch.zeros(2, 3, weight.shape[1]), torch.Generator().manual_seed(0)
     dims = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
-    program = torch.onnx.export(
-        Applied(form, factors).eval(),
-        (example,),
-        dynamo=True,
-        optimize=False,
-        dynamic_shapes=dims,
-        verbose=False,
-    )
+    model = Applied(form, factors).eval()
+    program = torch.onnx.export(model, (example,), dynamo=True, optimize=False, dynamic_shapes=dims)
     assert program is not None
     program.save(folder / "applied.onnx")
     session = onnxruntime.InferenceSession(folder / "applied.onnx", providers=["CPUExecutionProvider"])
