@@ -151,7 +151,12 @@ def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
     moments = analysis.moments
     found = {f"input/{key}": pack_symmetric(value) for key, value in moments.inputs.items()}
     found |= {f"mean/{key}": value for key, value in moments.means.items()}
-    found |= {f"output/{key}": pack_symmetric(value) for key, value in moments.outputs.items()}
+    for key, value in moments.outputs.items():
+        whole = value.dim() == 2
+        found[f"{'output' if whole else 'output_diagonal'}/{key}"] = pack_symmetric(value) if whole else value
+    found |= {f"lookup/{key}": value for key, value in moments.lookups.items()}
+    found |= {f"lookup_output/{key}": pack_symmetric(value) for key, value in moments.lookup_outputs.items()}
+    found |= {f"direction/{key}": pack_symmetric(value) for key, value in moments.directions.items()}
     found |= {f"spectrum/{name}": torch.from_numpy(value.squares) for name, value in analysis.spectra.items()}
     return found | {name: value for name, value in _batch_values(analysis) if isinstance(value, Tensor)}
 
@@ -198,13 +203,20 @@ def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
     if missing:
         raise ValueError(f"no moments of {sorted(missing)[0]!r}")
     return Moments(
-        inputs={key: unpack_symmetric(value) for key, value in inputs.items()},
+        inputs=_unpacked(inputs),
         means=means,
-        outputs={key: unpack_symmetric(value) for key, value in _group(stored, "output").items()},
+        outputs={**_unpacked(_group(stored, "output")), **_group(stored, "output_diagonal")},
         input_of=meta.input_of,
         tokens=meta.tokens,
+        lookups=_group(stored, "lookup"),
+        lookup_outputs=_unpacked(_group(stored, "lookup_output")),
+        directions=_unpacked(_group(stored, "direction")),
         loss_terms=meta.loss_terms,
         mode=meta.mode,
         unit=meta.unit,
         dropped=meta.dropped,
     )
+
+
+def _unpacked(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: unpack_symmetric(value) for key, value in packed.items()}

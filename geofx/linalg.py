@@ -56,10 +56,10 @@ def root_and_inverse(matrix: Tensor, what: str = "matrix", floor: float = 1e-12)
 
 
 def shrink(matrix: Tensor, share: float) -> Tensor:
-    """(1 - a) M + a · mean(diag M) · I: relative shrinkage, which keeps the trace."""
-    mean = matrix.diagonal().mean()
+    """(1 - a) M + a · mean(diag M) · I: relative shrinkage, which keeps the trace; M may be its diagonal."""
+    mean = (matrix.diagonal() if matrix.dim() == 2 else matrix).mean()
     shrunk = matrix.double() * (1.0 - share)
-    shrunk.diagonal().add_(share * mean.double())
+    (shrunk.diagonal() if matrix.dim() == 2 else shrunk).add_(share * mean.double())
     return shrunk
 
 

@@ -23,14 +23,19 @@ class Moments:
     """A = E[x xᵀ] and E[x] per distinct input tensor, G = Σ g gᵀ / terms per site output.
 
     x are the unmasked tokens at a site's input, g = ∂(summed loss)/∂y at its output. A is (in, in),
-    G is (out, out); with them the loss grows by about tr(G ΔW A ΔWᵀ) per loss term.
+    G is (out, out), or its diagonal where out is beyond the dense solvers, as that of a head is; with them
+    the loss grows by about tr(G ΔW A ΔWᵀ) per loss term. A table that is looked up has counts in the place
+    of A; what is a head as well has both.
 
     Attributes:
         inputs: input key -> A.
         means: input key -> E[x].
-        outputs: weight name -> G; empty unless ``mode`` is ``"two_sided"``.
-        input_of: weight name -> input key.
+        outputs: weight name -> G, or its diagonal as a vector; empty unless ``mode`` is ``"two_sided"``.
+        input_of: weight name -> input key, of weights that multiply.
         tokens: input key -> number of tokens seen.
+        lookups: name of a table -> how often each row was looked up (vocabulary,).
+        lookup_outputs: name of a table -> G (dim, dim) at what was looked up, as ``outputs``.
+        directions: input key -> E[x̄ x̄ᵀ] with x̄ = x / ‖x‖; empty unless asked for.
         loss_terms: number of loss terms that the gradients were summed over.
         mode: ``forward`` has no G, ``data_free`` neither A nor G.
         unit: the unit of the loss that the gradients are of.
@@ -42,6 +47,9 @@ class Moments:
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     input_of: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
+    lookups: Mapping[str, Tensor] = field(default_factory=dict)
+    lookup_outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
     loss_terms: int = 0
     mode: Mode = "data_free"
     unit: str = UNITS["data_free"]
@@ -50,11 +58,13 @@ class Moments:
     def input_moment(self, weight: str) -> Tensor | None:
         """A at the input of ``weight``, or None where no token reached it."""
         key = self.input_of.get(weight, "")
-        return self.inputs[key] if self.tokens_at(weight) > 0 else None
+        return self.inputs[key] if self.tokens.get(key, 0) > 0 else None
 
     def tokens_at(self, weight: str) -> int:
-        """Number of tokens that reached ``weight``."""
-        return self.tokens.get(self.input_of.get(weight, ""), 0)
+        """Number of tokens that ``weight`` was multiplied by, or looked up for where it is only a table."""
+        if weight in self.input_of:
+            return self.tokens.get(self.input_of[weight], 0)
+        return int(self.lookups[weight].sum()) if weight in self.lookups else 0
 
     def output_moment(self, weight: str) -> Tensor | None:
         """G at the output of ``weight``, or None where none was taken."""

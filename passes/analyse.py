@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from geofx.annotations import SENSITIVITY, SITE, Key, Sensitivity
@@ -14,7 +15,7 @@ from geofx.errors import NumericsError
 from geofx.moments import Moments
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
-from geofx.region import Region
+from geofx.region import OWN, Region
 from geofx.region_analysis import MomentMetrics, RegionAnalysis
 from geofx.site import Site, Skip
 from geofx.spectrum import Spectrum
@@ -59,15 +60,21 @@ def analyse(
     for done, region in enumerate(todo):
         unseen = _unseen(region, moments)
         if unseen is not None:
-            logger.warning("%s stays dense: %s", region.name, unseen.detail)
-            skips.append(unseen)
+            if region.kind in OWN:
+                logger.warning("%s stays dense: %s", region.name, unseen.detail)
+                skips.append(unseen)
             continue
         weights = {site.weight: canonical_weight(program, site) for site in region.sites}
         analysis = RegionAnalysis(
-            region, weights, MomentMetrics(weights, moments), (known or {}).get(region.name)
+            region,
+            weights,
+            MomentMetrics(weights, moments),
+            (known or {}).get(region.name),
+            _directions(region, moments),
         )
         try:
-            _ = analysis.spectrum
+            if region.kind != "stack":
+                _ = analysis.spectrum
             found[region.name] = analysis
         except NumericsError as error:
             logger.warning("%s stays dense: %s", region.name, error)
@@ -81,12 +88,22 @@ def _unseen(region: Region, moments: Moments) -> Skip | None:
     for site in region.sites:
         if moments.mode != "data_free" and moments.tokens_at(site.weight) == 0:
             return Skip(region.name, "NO_CALIBRATION", "no calibration token reached it")
-        inputs, gradient = moments.input_moment(site.weight), moments.output_moment(site.weight)
+        inputs = moments.input_moment(site.weight)
         if inputs is not None and not inputs.any():
             return Skip(region.name, "NO_SIGNAL", "its input is always zero")
-        if gradient is not None and not gradient.any():
+        gradients = [
+            part[site.weight] for part in (moments.outputs, moments.lookup_outputs) if site.weight in part
+        ]
+        if gradients and not any(gradient.any() for gradient in gradients):
             return Skip(region.name, "NO_SIGNAL", "the loss has no gradient at its output")
     return None
+
+
+def _directions(region: Region, moments: Moments) -> Tensor | None:
+    """E[x̄ x̄ᵀ] at the region's inputs, the mean where they differ; None where it was not asked for."""
+    keys = {moments.input_of.get(name, "") for name in region.weights}
+    found = [moments.directions[key] for key in sorted(keys) if key in moments.directions]
+    return torch.stack(found).mean(0) if len(found) > 1 else next(iter(found), None)
 
 
 def canonical_weight(program: Program, site: Site) -> Tensor:

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from geofx.batches import Batch, inputs_of, select_rows, token_mask
 from geofx.errors import CalibrationError
-from geofx.linalg import add_gram, fill_lower
+from geofx.linalg import FULL_DECOMPOSITION_LIMIT, add_gram, fill_lower
 from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Objective
-from geofx.passes.find_sites import linear_nodes
+from geofx.passes.find_sites import linear_nodes, lookup_nodes
 from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
+from geofx.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +32,18 @@ def calibrate(
     objective: Objective,
     mode: Mode = "two_sided",
     progress: Progress = log_progress,
+    directions: bool = False,
 ) -> Moments:
     """A and G of every site over ``batches``; one forward and one backward through the activations each.
 
     Weights take no gradient, inputs shared by sites are squared once, only upper triangles are computed,
-    padding is left out. Rows that make a site's input infinite or NaN are dropped and counted.
+    padding is left out. Rows that make a site's input infinite or NaN are dropped and counted. Lookups are
+    counted by row. ``directions`` also takes the moments of inputs scaled to norm 1.
 
     Raises:
         CalibrationError: no token is left, too many rows are dropped, or gradients are not finite.
     """
-    recorder = Recorder(program, objective, with_gradients=mode == "two_sided")
+    recorder = Recorder(program, objective, mode == "two_sided", directions)
     progress("calibrate", 0, len(batches))
     with program.buffers_kept():
         for done, batch in enumerate(batches):
@@ -55,28 +59,42 @@ class _NotFiniteError(Exception):
 
 
 class Recorder(fx.Interpreter):
-    """Sums of x xᵀ, x and g gᵀ over all batches, in float64."""
+    """Sums of x xᵀ, x and g gᵀ over all batches, and of how often rows are looked up, in float64."""
 
-    def __init__(self, program: Program, objective: Objective, with_gradients: bool) -> None:
+    def __init__(
+        self, program: Program, objective: Objective, with_gradients: bool, with_directions: bool = False
+    ) -> None:
         super().__init__(program.graph_module)
         self.program, self.objective, self.with_gradients = program, objective, with_gradients
-        self.sites = linear_nodes(program)
+        self.linear, self.tables = linear_nodes(program), lookup_nodes(program)
         self.is_wide = any(tensor.dtype == torch.float64 for _, tensor in program.tensors())
         self.grams: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
+        self.directions: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.lookups: dict[str, Tensor] = {}
+        self.lookup_gradients: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.terms, self.seen_rows = 0.0, 0
         self.dropped: dict[str, int] = {}
         self.last_bad = ""
         self.is_mutating = any(_writes_in_place(node) for node in program.graph.nodes)
-        for site in self.sites.values():
+        for site in self.linear.values():
             rows, columns = site.shape
-            self.grams.setdefault(site.input, torch.zeros(columns, columns, dtype=torch.float64))
-            self.sums.setdefault(site.input, torch.zeros(columns, dtype=torch.float64))
+            self.grams.setdefault(site.input, _zeros(columns, columns))
+            self.sums.setdefault(site.input, _zeros(columns))
             self.tokens.setdefault(site.input, 0)
+            if with_directions:
+                self.directions.setdefault(site.input, _zeros(columns, columns))
             if with_gradients:
-                self.gradients.setdefault(site.weight, torch.zeros(rows, rows, dtype=torch.float64))
+                diagonal = site.kind != "linear" or rows > FULL_DECOMPOSITION_LIMIT
+                sides = (rows,) if diagonal else (rows, rows)
+                self.gradients.setdefault(site.weight, _zeros(*sides))
+        for table in self.tables.values():
+            rows, columns = table.shape
+            self.lookups.setdefault(table.weight, _zeros(rows))
+            if with_gradients:
+                self.lookup_gradients.setdefault(table.weight, _zeros(columns, columns))
 
     def add(self, batch: Batch) -> None:
         """Add one batch, or the rows of it that stay finite."""
@@ -98,6 +116,7 @@ class Recorder(fx.Interpreter):
         inputs = inputs_of(self.program, batch)
         self.mask = token_mask(batch | inputs)
         self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
+        self.counted: list[tuple[str, Tensor]] = []
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
             try:
@@ -109,6 +128,8 @@ class Recorder(fx.Interpreter):
                 seed, terms = self.objective.gradient_seed(output, batch | inputs)
         for (key, _), x in self.captured.items():
             self._add_input(key, x)
+        for weight, ids in self.counted:
+            self.lookups[weight] += ids.bincount(minlength=self.lookups[weight].numel())
         self.captured = {}
         if self.with_gradients:
             self.terms += terms
@@ -116,20 +137,30 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; at a site, keep its input and hook its output's gradient."""
-        site = self.sites.get(n.name)
-        if site is None:
-            value = super().run_node(n)
-            return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
-        x = self.env[n.args[0]]  # type: ignore[index]
-        self._require_finite(n.name, x)
+        site, table = self.linear.get(n.name), self.tables.get(n.name)
+        if site is not None:
+            self._capture(site, n.name, self.env[n.args[0]])  # type: ignore[index]
+            return self._hooked(super().run_node(n), self.gradients, site.weight)
+        value = super().run_node(n)
+        if table is not None:
+            self._add_lookups(table.weight, self.env[n.args[1]])  # type: ignore[index]
+            return self._hooked(value, self.lookup_gradients, table.weight)
+        return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
+
+    def _capture(self, site: Site, node: str, x: Tensor) -> None:
+        self._require_finite(node, x)
         kept = x.detach()
         self.captured[site.input, (x.data_ptr(), x.numel())] = kept.clone() if self.is_mutating else kept
-        value = super().run_node(n)
+
+    def _hooked(self, value: Tensor, totals: dict[str, Tensor], weight: str) -> Tensor:
+        """``value``, whose gradient will be squared into ``totals``."""
         if not self.with_gradients:
             return value
         if not value.requires_grad:
             value = value.detach().requires_grad_().clone()
-        value.register_hook(lambda gradient: self._add_gradient(site.weight, gradient))
+        value.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self._add_gradient(totals[weight], weight, gradient)
+        )
         return value
 
     def _require_finite(self, node: str, *values: Tensor) -> None:
@@ -169,12 +200,21 @@ class Recorder(fx.Interpreter):
         _add_scaled(self.grams[key], rows)
         self.sums[key] += rows.sum(0)
         self.tokens[key] += rows.shape[0]
+        if self.directions:
+            peaks = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+            _add_scaled(self.directions[key], functional.normalize(rows / peaks, dim=1))
 
-    def _add_gradient(self, weight: str, gradient: Tensor) -> None:
+    def _add_lookups(self, weight: str, ids: Tensor) -> None:
+        """Count the rows that unmasked tokens read; ids given once for a whole batch count for each row."""
+        if ids.dim() > 1 and ids.shape[0] == 1:
+            ids = ids.expand(self.rows, *ids.shape[1:])
+        self.counted.append((weight, self._valid(ids.unsqueeze(-1)).flatten()))
+
+    def _add_gradient(self, total: Tensor, weight: str, gradient: Tensor) -> None:
         rows = _wide(self._valid(gradient.detach()))
         if not math.isfinite(float(rows.sum())):
             raise CalibrationError("gradients are not finite", where=weight, fix="run the model in float32")
-        _add_scaled(self.gradients[weight], rows)
+        _add_scaled(total, rows)
 
     def moments(self, mode: Mode) -> Moments:
         """What was summed, divided by the numbers of tokens and loss terms."""
@@ -187,20 +227,21 @@ class Recorder(fx.Interpreter):
             )
         if self.with_gradients and self.terms <= 0.0:
             raise CalibrationError("the calibration data has no loss term", fix="pass longer texts")
-        if not any(self.tokens.values()):
+        if not any(self.tokens.values()) and not any(counts.any() for counts in self.lookups.values()):
             raise CalibrationError(
                 "no token reached any site", fix="pass calibration data that is not all padding"
             )
-        sites = {site.weight: site for site in self.sites.values()}
+        sites = {site.weight: site for site in self.linear.values()}
         for site in sites.values():
             if self.tokens[site.input] == 0:
                 logger.warning("no calibration token reached %s", site.weight)
         return Moments(
-            inputs={
-                key: self._finish(self.grams, key, max(1, self.tokens[key])) for key in sorted(self.grams)
-            },
+            inputs=self._means(self.grams),
             means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
-            outputs={name: self._finish(self.gradients, name, self.terms) for name in sorted(self.gradients)},
+            outputs=self._finished(self.gradients),
+            lookups=self.lookups,
+            lookup_outputs=self._finished(self.lookup_gradients),
+            directions=self._means(self.directions),
             input_of={name: site.input for name, site in sites.items()},
             tokens=dict(self.tokens),
             loss_terms=round(self.terms),
@@ -209,10 +250,17 @@ class Recorder(fx.Interpreter):
             dropped=dict(self.dropped),
         )
 
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: self._finish(sums, key, max(1, self.tokens[key])) for key in sorted(sums)}
+
+    def _finished(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._finish(sums, name, self.terms) for name in sorted(sums)}
+
     def _finish(self, sums: dict[str, Tensor], name: str, count: float) -> Tensor:
         """The whole matrix of means, in float32 unless the model computes in float64; frees the sum."""
         mean = sums.pop(name) / count
-        return fill_lower(mean if self.is_wide else mean.float())
+        mean = mean if self.is_wide else mean.float()
+        return fill_lower(mean) if mean.dim() == 2 else mean
 
 
 def _writes_in_place(node: fx.Node) -> bool:
@@ -223,13 +271,25 @@ def _wide(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
 def _add_scaled(total: Tensor, rows: Tensor) -> None:
     """total += rowsᵀ rows, with rows scaled by a power of two where their squares would leave float32."""
-    peak = float(rows.abs().max()) if rows.numel() else 0.0
+    peak = max(abs(float(value)) for value in rows.aminmax()) if rows.numel() else 0.0
     if peak == 0.0 or 1e-12 < peak < 1e12:
-        return add_gram(total, rows)
+        return _add_squares(total, rows)
     scale = 2.0 ** math.floor(math.log2(peak))
     part = torch.zeros_like(total)
-    add_gram(part, rows / scale)
+    _add_squares(part, rows / scale)
     total += part * scale * scale
+    return None
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    """The upper triangle of rowsᵀ rows, or its diagonal where ``total`` is a vector."""
+    if total.dim() == 2:
+        return add_gram(total, rows)
+    total += torch.linalg.vector_norm(rows, dim=0).square()
     return None

@@ -9,27 +9,31 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from geofx.passes.find_sites import linear_nodes
+from geofx.passes.find_sites import linear_nodes, lookup_nodes
 from geofx.program import Program
 
 
 class _RowCounter(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
-        self.sites = linear_nodes(program)
+        self.linear, self.lookups = linear_nodes(program), lookup_nodes(program)
         self.rows: dict[str, int] = defaultdict(int)
 
     def run_node(self, n: fx.Node) -> Any:
-        site = self.sites.get(n.name)
+        site = self.linear.get(n.name)
         if site is not None:
             x = self.env[n.args[0]]  # type: ignore[index]
             self.rows[site.weight] += x.numel() // x.shape[-1]
+        table = self.lookups.get(n.name)
+        if table is not None and table.kind == "embedding":
+            self.rows[table.weight] += self.env[n.args[1]].numel()  # type: ignore[index]
         return super().run_node(n)
 
 
 def count_flops(program: Program) -> tuple[float, dict[str, float]]:
     """(flops per token, weight -> rows per token), by running the example under FlopCounterMode.
 
+    Rows are vectors multiplied; of a table that is only looked up, rows read.
     A token is one entry of a two-dimensional integer input, or one row of the batch where there is none.
     A multiply-add is 2 flops. Products inside
     fused attention kernels that torch has no formula for are not counted.

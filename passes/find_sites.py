@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from geofx.annotations import SITE, Key
 from geofx.linalg import FULL_DECOMPOSITION_LIMIT
+from geofx.passes.find_heads import find_heads
 from geofx.program import Program
 from geofx.site import Site, Skip
 
@@ -30,7 +31,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class FindSites:
-    """Leaves a `Site` on every linear node whose weight is understood in all its uses."""
+    """Leaves a `Site` on every linear and lookup node whose weight is understood in all its uses."""
 
     name: ClassVar[str] = "find_sites"
     reads: ClassVar[tuple[Key[Any], ...]] = ()
@@ -57,17 +58,28 @@ def sites_of(program: Program) -> tuple[Site, ...]:
 
 def linear_nodes(program: Program) -> dict[str, Site]:
     """Name of each linear node that has a site -> the site."""
-    return {node.name: SITE.get(node) for node in program.graph.nodes if SITE.name in node.meta}
+    return _nodes_with(program, aten.linear.default)
+
+
+def lookup_nodes(program: Program) -> dict[str, Site]:
+    """Name of each lookup in a table that is a site -> the site."""
+    return _nodes_with(program, aten.embedding.default)
+
+
+def _nodes_with(program: Program, target: Any) -> dict[str, Site]:
+    found = (node for node in program.graph.nodes if SITE.name in node.meta and node.target is target)
+    return {node.name: SITE.get(node) for node in found}
 
 
 def find_sites(program: Program) -> tuple[list[Site], list[Skip]]:
-    """Linear sites in graph order, and every other weight of two or more dims with its reason."""
+    """Sites of all kinds in graph order, and every other weight of two or more dims with its reason."""
     reads: dict[str, list[fx.Node]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op == "get_attr":
             reads[str(node.target)].append(node)
     found = [_site_or_skip(program, name, nodes) for name, nodes in reads.items()]
-    sites = [item for item in found if isinstance(item, Site)]
+    order = {node.name: place for place, node in enumerate(program.graph.nodes)}
+    sites = sorted((item for item in found if isinstance(item, Site)), key=lambda site: order[site.nodes[0]])
     return sites, [item for item in found if isinstance(item, Skip)]
 
 
@@ -87,24 +99,28 @@ def _site_or_skip(program: Program, name: str, nodes: list[fx.Node]) -> Site | S
 
 def _from_uses(program: Program, name: str, value: Tensor, uses: list[tuple[fx.Node, bool]]) -> Site | Skip:
     linear = [(node, flip) for node, flip in uses if _is_weight_of_linear(node)]
-    lookups = [node for node, _ in uses if node.target is aten.embedding.default]
-    if lookups:
-        reason = "TIED_EMBEDDING" if linear else "EMBEDDING"
-        return Skip(name, reason, "a lookup table: no format for embeddings is chosen by this version")
-    odd = sorted({str(node.target) for node, _ in uses} - {str(aten.linear.default)})
-    orientations = {flip for _, flip in linear}
-    if len(linear) != len(uses) or len(orientations) != 1:
+    lookups = [node for node, flip in uses if not flip and node.target is aten.embedding.default]
+    orientations = {flip for _, flip in linear} | ({False} if lookups else set())
+    if len(linear) + len(lookups) != len(uses) or len(orientations) != 1:
+        known = {str(aten.linear.default), str(aten.embedding.default)}
+        odd = sorted({str(node.target) for node, _ in uses} - known)
         return Skip(name, "NON_LINEAR_USE", f"also used by {', '.join(odd) or 'both W and its transpose'}")
-    side = max(value.shape)
-    if side > FULL_DECOMPOSITION_LIMIT:
-        return Skip(name, "TOO_LARGE", f"moments of a side of {side} would take {8 * side**2 / 1e9:.1f} GB")
     transposed = orientations.pop()
     rows, columns = value.shape[::-1] if transposed else value.shape
+    if columns > FULL_DECOMPOSITION_LIMIT:
+        size = f"{8 * columns**2 / 1e9:.1f} GB"
+        return Skip(name, "TOO_LARGE", f"the second moment of {columns} inputs would take {size}")
     site = Site(name, (rows, columns), transposed=transposed, dtype=str(value.dtype).removeprefix("torch."))
-    inputs = sorted({_source(node.args[0]) for node, _ in linear})
-    aliases = tuple(sorted(alias for alias, target in program.aliases.items() if target == name))
-    names = tuple(node.name for node, _ in linear)
-    return replace(site, input="+".join(inputs), nodes=names, aliases=aliases)
+    used = {node for node, _ in uses}
+    sources = [node.args[0] for node, _ in linear] or [node.args[1] for node in lookups]
+    return replace(
+        site,
+        kind=("tied_embedding" if linear else "embedding") if lookups else "linear",
+        input="+".join(sorted({_source(node) for node in sources})),
+        nodes=tuple(node.name for node in program.graph.nodes if node in used),
+        aliases=tuple(sorted(alias for alias, target in program.aliases.items() if target == name)),
+        heads=find_heads((node for node, _ in linear), (rows, columns)),
+    )
 
 
 def _is_multiplied(nodes: list[fx.Node], value: Tensor) -> bool:
