@@ -18,6 +18,7 @@ from geofx.factorizations import (
     Monarch,
     SharedBasis,
     SharedWeight,
+    TensorTrain,
 )
 from geofx.region import RegionKind
 
@@ -121,9 +122,48 @@ CASES["kronecker"] = Case(
     Kronecker(5, (6, 4), (5, 4)),
     _kronecker(5),
     1e-6,
-    flops=2 * 5 * 4 * 5 * (4 + 6),
+    flops=2 * 100 * (4 + 6),
 )
 CASES["monarch"] = Case(Monarch(1, 4), Monarch(2, 4), _blocks(2, 4, 4), 1e-6)
 CASES["block_tensor_train"] = Case(
     BlockTensorTrain(1, (6, 4), (5, 4)), BlockTensorTrain(2, (6, 4), (5, 4)), _blocks(2, 4, 5), 1e-6
+)
+
+
+def _tensor_train(rows: tuple[int, ...], columns: tuple[int, ...], ranks: tuple[int, ...]) -> Tensor:
+    """The first 24 rows of what random cores multiply out to; of 27 the last three are zero."""
+    ends = zip((1, *ranks), rows, columns, (*ranks, 1), strict=True)
+    cores = {f"core{k}": random(*shape, seed=k) for k, shape in enumerate(ends, 1)}
+    if rows[0] == 3:
+        cores["core1"][0, 2, :, 4:] = cores["core2"][:4, 2] = 0.0
+    return TensorTrain(rows, columns, ranks).to_dense(cores)[:24]
+
+
+_FOLDS = (4, 3, 2), (5, 2, 2)
+_LOOKUP = 2 * (5 * 8 + 5 * 8 * 2 * 3 + 10 * 3 * 2)
+_PADDED = TensorTrain((3, 3, 3), (5, 2, 2), (3, 2), 3), TensorTrain((3, 3, 3), (5, 2, 2), (8, 3), 3)
+CASES["tensor_train"] = Case(
+    TensorTrain(*_FOLDS, (3, 2)),
+    TensorTrain(*_FOLDS, (8, 3)),
+    (_tensor_train(*_FOLDS, (8, 3)),),
+    1e-5,
+    flops=2 * (10 * 3 * 2 * 2 + 5 * (8 * 3) * (2 * 3) * 2 + 4 * (5 * 8) * 6),
+)
+CASES["tensor_train-stack"] = Case(
+    TensorTrain((24, 1), (1, 20), (3, 2)),
+    TensorTrain((24, 1), (1, 20), (6, 5)),
+    tuple(random(24, 6, seed=1) @ random(6, 5, seed=2 + site) @ random(5, 20, seed=9) for site in range(3)),
+    1e-5,
+    "stack",
+    flops=3 * 2 * (20 * 5 + 5 * 6 + 6 * 24),
+)
+CASES["tensor_train-embedding"] = Case(
+    *_PADDED, (_tensor_train((3, 3, 3), (5, 2, 2), (8, 3)),), 1e-5, "embedding", flops=_LOOKUP
+)
+CASES["tensor_train-tied_embedding"] = Case(
+    *_PADDED,
+    (_tensor_train((3, 3, 3), (5, 2, 2), (8, 3)),),
+    1e-5,
+    "tied_embedding",
+    flops=_LOOKUP + 2 * (10 * 3 * 3 * 2 + 5 * (8 * 3) * (2 * 3) * 3 + 3 * (5 * 8) * 9),
 )

@@ -19,6 +19,7 @@ from geofx.factorizations.low_rank import LowRank
 from geofx.factorizations.monarch import Monarch
 from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
+from geofx.factorizations.tensor_train import TensorTrain
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Dense,
@@ -30,6 +31,7 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     BlockTensorTrain,
     Kronecker,
     Monarch,
+    TensorTrain,
 )
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "LowRank",
     "SharedBasis",
     "SharedWeight",
+    "TensorTrain",
     "factor_name",
     "from_json",
     "to_json",
