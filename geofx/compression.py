@@ -38,7 +38,7 @@ def parameter_mae(original: ParameterSpace, reconstructed: ParameterSpace) -> fl
         before, after = original.slice(name), reconstructed.slice(name)
         if storage_identity(before) == storage_identity(after):
             continue
-        pairs = zip(before.split(CHUNK), after.split(CHUNK), strict=True)
+        pairs = zip(torch.split(before, CHUNK), torch.split(after, CHUNK), strict=True)
         total += sum(float((one.double() - other.double()).abs().sum()) for one, other in pairs)
     return total / max(1, original.dim)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class ParameterSpace:
     def chunks(self, size: int = CHUNK) -> Iterator[Tensor]:
         """v in order, in pieces of at most ``size`` numbers, one tensor in memory at a time."""
         for name in self.shapes:
-            yield from self.slice(name).split(size)
+            yield from torch.split(self.slice(name), size)
 
     def vector(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """v as one tensor (n,)."""
@@ -114,7 +115,7 @@ class ParameterSpace:
 
 
 def _distinct(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    first = {}
+    first: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         first.setdefault(storage_identity(tensor), (name, tensor))
     return first.values()

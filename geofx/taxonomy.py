@@ -121,7 +121,7 @@ def _example(kind: RegionKind, shape: tuple[int, int]) -> RegionAnalysis:
     heads = HEADS if shape[0] % HEADS == 0 else 0
     names = ["weight"] if kind in OWN else ["first.weight", "second.weight"]
     site_kind = kind if kind in ("embedding", "tied_embedding") else "linear"
-    sites = tuple(Site(name, shape, kind=site_kind, heads=heads) for name in names)  # type: ignore[arg-type]
+    sites = tuple(Site(name, shape, kind=site_kind, heads=heads) for name in names)
     weights = {name: torch.randn(shape, generator=random) for name in names}
     outputs = torch.ones(shape[0], dtype=torch.float64)
     metric = Metric(torch.eye(shape[1], dtype=torch.float64), outputs)

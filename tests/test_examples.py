@@ -26,6 +26,25 @@ def test_a_module_and_a_loss_of_ones_own() -> None:
     assert after - before < 0.2
 
 
+def differences(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"differs? by ([\d.e+-]+)", output)]
+
+
+def test_svd_from_two_subspaces_is_the_svd() -> None:
+    output = run(str(EXAMPLES / "svd_as_geometry.py"))
+    assert len(differences(output)) == 3
+    assert max(differences(output)) < 1e-10
+    assert "2 subspaces (input 8 of 36, output 8 of 48): project, scale, expand" in output
+
+
+def test_kronecker_from_parents_and_children_is_the_kronecker_product() -> None:
+    """Equation 14, for vectors, for any two matrices, and for the format."""
+    output = run(str(EXAMPLES / "kronecker_as_geometry.py"))
+    assert len(differences(output)) == 5
+    assert max(differences(output)) < 1e-10
+    assert "4 subspaces (v 4, w 5, e 6, f 3)" in output
+
+
 @pytest.mark.model
 def test_one_analysis_serves_many_budgets() -> None:
     try:
@@ -39,4 +58,5 @@ def test_one_analysis_serves_many_budgets() -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"budgets.py", "plain_module.py"}
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in text]

@@ -31,12 +31,13 @@ LAYERS = (
     "geofx.batches",
     "geofx.trace",
     "geofx.program geofx.annotations",
-    "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options "
+    "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options geofx.screening "
     "geofx.method geofx.recipes geofx.papers",
     "geofx.cost_models",
     "geofx.workload",
     "geofx.factorizations geofx.ops",
-    "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry",
+    "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry "
+    "geofx.subspaces",
     "geofx.budget geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
     "geofx.strict_json",
     "geofx.errors",

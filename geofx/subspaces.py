@@ -1,0 +1,68 @@
+"""Subspaces as numbers: bases to project onto and expand from, and the composition of vectors.
+
+Source: Geometry is All You Need (arXiv 2410.03040), Definitions 7 and 8, equation 11 and Table 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from geofx.errors import NumericsError
+from geofx.linalg import eigh_psd
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The subspace of ℝᵃ that the orthonormal columns of ``vectors`` (a, d) span."""
+
+    vectors: Tensor
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.vectors.shape[1]
+
+    def project(self, x: Tensor) -> Tensor:
+        """Coordinates ⟨x, b_i⟩ (..., d) of x (..., a)."""
+        return x @ self.vectors
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """Σ c_i b_i (..., a) of coordinates (..., d)."""
+        return coordinates @ self.vectors.T
+
+
+def compose(*vectors: Tensor) -> Tensor:
+    """a × b × ...: the entry [x, y, ...] is a_x b_y ...; orders add up, so tensors compose as well."""
+    return reduce(lambda one, other: torch.tensordot(one, other, dims=0), vectors)
+
+
+def contract(one: Tensor, other: Tensor) -> Tensor:
+    """Absorb the order that both share: the last of ``one``, the first of ``other``."""
+    return torch.tensordot(one, other, dims=1)
+
+
+def resize(tensor: Tensor, order: int, matrix: Tensor) -> Tensor:
+    """One order of ``tensor`` carried to another size by contraction with ``matrix`` (new, old)."""
+    return torch.tensordot(matrix, tensor, dims=([1], [order])).movedim(0, order)
+
+
+def principal_axes(weight: Tensor, dim: int) -> tuple[Basis, Tensor, Basis]:
+    """(v_i), s_i, (w_i) with W v_i = s_i w_i (eq. 11): the ``dim`` axes of the input that W stretches most.
+
+    The v_i are orthonormal and stay orthogonal under W, so that w_i = W v_i / s_i are orthonormal too, and
+    x ↦ Σ s_i ⟨x, v_i⟩ w_i is W, or its best approximation by ``dim`` axes.
+
+    Raises:
+        NumericsError: W maps one of the axes to zero.
+    """
+    _, vectors = eigh_psd(weight.T @ weight, "weight")
+    axes = vectors[:, :dim]
+    images = weight @ axes
+    scales = images.norm(dim=0)
+    if not bool((scales > 0).all()):
+        raise NumericsError(f"the weight has fewer than {dim} axes", fix="take a smaller dim")
+    return Basis(axes), scales, Basis(images / scales)
