@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Literal
 
 Operation = Literal[
@@ -24,6 +23,10 @@ Operation = Literal[
     "select",
     "identity",
 ]
+
+
+LONGEST_REPEAT = 8
+"""Transformations that repeat in groups of at most so many are written once."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,8 @@ class GeometricForm:
 
     @property
     def operations(self) -> str:
-        """The transformations in words, in order, runs of one kind counted: ``scale x 24, permute``."""
-        runs = [
-            (name, len(list(run))) for name, run in groupby(step.operation for step in self.transformations)
-        ]
-        words = ((name.replace("_", " "), number) for name, number in runs)
-        return ", ".join(word if number == 1 else f"{word} x {number}" for word, number in words)
+        """The transformations in words, in order, what repeats counted: ``(scale x 24, permute) x 2``."""
+        return ", ".join(_counted([step.operation.replace("_", " ") for step in self.transformations]))
 
     def __str__(self) -> str:
         plural = "" if self.count == 1 else "s"
@@ -94,4 +93,20 @@ class GeometricForm:
 
 def _kind(name: str) -> str:
     """``name`` without the number that tells one from the next: ``block input`` of ``block 3 input``."""
-    return re.sub(r"\s*@?\d+", "", name).strip() or name
+    return re.sub(r"[\s.@\[]*\d+\]?", "", name).strip() or name
+
+
+def _counted(words: list[str]) -> list[str]:
+    """Neighbours that repeat, of one word and then of more, written once with their number."""
+    period = 1
+    while period <= min(len(words) // 2, LONGEST_REPEAT):
+        shorter, start = [], 0
+        while start < len(words):
+            group, times = words[start : start + period], 1
+            while words[start + times * period : start + (times + 1) * period] == group:
+                times += 1
+            once = ", ".join(group) if period == 1 else f"({', '.join(group)})"
+            shorter.append(f"{once} x {times}" if times > 1 else words[start])
+            start += times * period if times > 1 else 1
+        words, period = shorter, period + 1
+    return words

@@ -38,6 +38,9 @@ def test_a_form_in_words() -> None:
     form = GeometricForm(spaces, steps)
     assert str(form) == "5 subspaces (4 x block in 2 of 8, out 8): scale x 4, direct sum"
     assert (form.count, form.basis_numbers) == (5, 4 * 16 + 64)
+    level = (*steps, Transformation("permute", ("out",), "out"))
+    words = GeometricForm(spaces, (*level, *level, *level)).operations
+    assert words == "(scale x 4, direct sum, permute) x 3"
     alone = GeometricForm((Subspace("input", 3, 9),), (Transformation("project", ("input",), "input"),))
     assert str(alone) == "1 subspace (input 3 of 9): project"
 
