@@ -20,7 +20,7 @@ from geofx.budget import Budget
 from geofx.choice import Totals
 from geofx.compression import parameter_mae
 from geofx.errors import ConfigError, NumericsError, VerificationError
-from geofx.factorizations import FACTORIZATIONS, Factored, Factorization, Factors
+from geofx.factorizations import Factored, Factorization, Factors
 from geofx.model import OptimizedModel
 from geofx.moments import Moments
 from geofx.objective import Objective
@@ -80,7 +80,7 @@ class Analysis:
     def __post_init__(self) -> None:
         self.model_hash = hash_tensors(self.original.tensors())
         self.flops_per_token, self._rows_per_token = count_flops(self.program)
-        self._options: dict[tuple[type[Factorization], ...], tuple[list[Option], list[Skip]]] = {}
+        self._options: dict[tuple[type[Factorization], ...] | None, tuple[list[Option], list[Skip]]] = {}
 
     def plan(
         self,
@@ -88,13 +88,14 @@ class Analysis:
         *,
         include: Iterable[str] | str | None = None,
         ignore: Iterable[str] | str = (),
-        formats: Iterable[type[Factorization]] = FACTORIZATIONS,
+        formats: Iterable[type[Factorization]] | None = None,
         refused: Mapping[tuple[str, str], str] | None = None,
     ) -> Plan:
         """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
 
         ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names; ``refused`` maps (region,
-        format) to the reason why it must not be taken.
+        format) to the reason why it must not be taken. ``formats`` are those to choose from, each fitted where
+        it has no closed form; by default all that `geofx.screening` finds worth a fit.
 
         Raises:
             BudgetInfeasibleError: carries the smallest plan.
@@ -105,7 +106,7 @@ class Analysis:
                 f"a budget for the loss needs its gradients; this analysis measures {self.moments.unit}",
                 fix="analyze with mode='two_sided'",
             )
-        options, skips = self._priced(tuple(formats))
+        options, skips = self._priced(None if formats is None else tuple(formats))
         allowed = self._allowed(include or (), ignore)
         barred = refused or {}
         ignored = [
@@ -239,7 +240,7 @@ class Analysis:
         seen = self.holdout_is_calibration and held is self.holdout
         return replace(found, data=SEEN) if seen else found
 
-    def _priced(self, formats: tuple[type[Factorization], ...]) -> tuple[list[Option], list[Skip]]:
+    def _priced(self, formats: tuple[type[Factorization], ...] | None) -> tuple[list[Option], list[Skip]]:
         if formats not in self._options:
             with self.stages("price options"):
                 self._options[formats] = list_options(self.regions.values(), formats, self._rows_per_token)

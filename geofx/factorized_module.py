@@ -170,7 +170,7 @@ def factorize_module(
 
 
 def _fresh(factors: Factors, like: Tensor) -> Factors:
-    """Copies on the weight's device, parameters where they are floating point, so that layers can share them."""
+    """Copies on the weight's device, parameters where floating point, so that layers can share them."""
     copies = {name: part.detach().to(like.device, copy=True) for name, part in factors.items()}
     return {
         name: nn.Parameter(part, requires_grad=like.requires_grad) if part.is_floating_point() else part
@@ -201,9 +201,7 @@ def _replacement(owner: _Owner, factored: Factored, site: int, memo: dict[int, A
     else:
         transposed = _is_transposed(owner)
         bias = copy.deepcopy(owner.bias, memo)  # the memo keeps a bias tied that is tied
-        result = FactorizedLinear(
-            form, factors, bias, site=site, transposed=transposed, leaf=owner.leaf
-        )
+        result = FactorizedLinear(form, factors, bias, site=site, transposed=transposed, leaf=owner.leaf)
     for hooks in _HOOKS:
         getattr(result, hooks).update(getattr(owner.module, hooks))
     return result.train(owner.module.training)
@@ -240,7 +238,8 @@ def _is_transposed(owner: _Owner) -> bool:
                 return transposed
     also = f", also holds {others[0]}" if others else ""
     raise ConfigError(
-        f"module {owner.path!r} of class {type(owner.module).__name__} is neither a plain linear map nor a lookup",
+        f"module {owner.path!r} of class {type(owner.module).__name__} "
+        "is neither a plain linear map nor a lookup",
         where=f"{owner.leaf}, shape {tuple(owner.tensor.shape)}{also}",
         fix="add its weight to `ignore`, or merge adapters and parametrizations first",
     )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from geofx.errors import NumericsError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
-from geofx.region import Region
+from geofx.region import OWN, Region, RegionKind
 from geofx.region_analysis import RegionAnalysis
+from geofx.screening import Screen
 from geofx.site import Skip
 from geofx.workload import Workload, measure
+
+SIZES = 6
+"""Settings per region that a format without a closed form is fitted at to learn its losses."""
 
 
 @dataclass(frozen=True)
@@ -34,58 +39,93 @@ class Option:
 
 def list_options(
     analyses: Iterable[RegionAnalysis],
-    formats: Iterable[type[Factorization]] = FACTORIZATIONS,
+    formats: Iterable[type[Factorization]] | None = None,
     rows_per_token: Mapping[str, float] | None = None,
 ) -> tuple[list[Option], list[Skip]]:
     """Every option of every region, `Dense` among those of every single site, and why formats proposed none.
 
-    ``rows_per_token`` says how often a weight is used per token of the model (2 for a layer called twice, less
-    than 1 for one that sees a sequence once); 1 where it says nothing.
+    Formats without a closed form are priced at `SIZES` settings a region, each by a fit.
+
+    Args:
+        analyses: of the regions.
+        formats: those to price; by default all, those without a closed form only where `Screen` lets them.
+        rows_per_token: how often a weight is used per token of the model (2 for a layer called twice, less
+            than 1 for one that sees a sequence once); 1 where it says nothing.
     """
-    chosen: tuple[type[Factorization], ...] = tuple(dict.fromkeys((Dense, *formats)))
+    every, asked = (
+        list(analyses),
+        tuple(dict.fromkeys((Dense, *(FACTORIZATIONS if formats is None else formats)))),
+    )
+    rows = rows_per_token or {}
     options: list[Option] = []
     skips: list[Skip] = []
-    for analysis in analyses:
-        for member in chosen:
-            found, skip = _options_of(member, analysis, _rows(analysis.region, rows_per_token or {}))
-            options += found
-            skips += skip
+
+    def add(members: Iterable[type[Factorization]]) -> None:
+        for analysis in every:
+            for member in members:
+                if analysis.region.kind in member.regions and (member, analysis.region.kind) not in barred:
+                    found, skip = _options_of(member, analysis, _rows(analysis.region, rows))
+                    options.extend(found)
+                    skips.extend(skip)
+
+    barred: set[tuple[type[Factorization], RegionKind]] = set()
+    add([member for member in asked if member.closed_form])
+    open_forms = [member for member in asked if not member.closed_form]
+    if formats is None:
+        barred, refused = _screened(every, options, open_forms)
+        skips += refused
+    add(open_forms)
     return options, skips
+
+
+def _screened(
+    analyses: list[RegionAnalysis], closed: list[Option], formats: list[type[Factorization]]
+) -> tuple[set[tuple[type[Factorization], RegionKind]], list[Skip]]:
+    """Formats and kinds of region that are not worth a fit, each with the reason."""
+    frontier: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for option in closed:
+        if option.region.kind in OWN:
+            frontier[option.region.name].append((option.workload.weight_bytes, option.loss))
+    screen = Screen.of(analyses, {name: tuple(pairs) for name, pairs in frontier.items()})
+    barred, skips = set(), []
+    for member in formats:
+        for kind in sorted(member.regions & screen.smallest.keys()):
+            reason = screen.refusal(member, kind)
+            if reason is not None:
+                barred.add((member, kind))
+                skips.append(Skip(f"all {kind} regions", "SCREENED", f"{member.name} is {reason}"))
+    return barred, skips
 
 
 def _options_of(
     member: type[Factorization], analysis: RegionAnalysis, rows: float
 ) -> tuple[list[Option], list[Skip]]:
     region = analysis.region
-    if region.kind not in member.regions:
-        return [], []
+    dense = measure(Dense(), region).weight_bytes
+    settings = [(item, measure(item, region)) for item in member.candidates(region, analysis)]
+    gaining = [(item, work) for item, work in settings if member is Dense or work.weight_bytes < dense]
+    if not gaining and region.kind in OWN:
+        reason = "NO_GAIN" if settings else "TOO_SMALL"
+        return [], [Skip(region.name, reason, f"{member.name} proposes nothing smaller")]
     try:
-        priced = [
-            Option(
-                region,
-                candidate,
-                measure(candidate, region).times(rows),
-                candidate.predicted_loss(region, analysis),
-            )
-            for candidate in member.candidates(region, analysis)
-        ]
+        return [
+            Option(region, item, work.times(rows), item.predicted_loss(region, analysis))
+            for item, work in (gaining if member.closed_form else _thinned(gaining))
+        ], []
     except NumericsError as error:
         return [], [Skip(region.name, "SVD_FAILED", str(error))]
-    if member is Dense:
-        return priced, []
-    dense = measure(Dense(), region)
-    gaining = [option for option in priced if _gains(option.workload, dense)]
-    if priced and gaining:
-        return gaining, []
-    return [], [
-        Skip(region.name, "NO_GAIN" if priced else "TOO_SMALL", f"{member.name} proposes nothing smaller")
+
+
+def _thinned(settings: list[tuple[Factorization, Workload]]) -> list[tuple[Factorization, Workload]]:
+    """At most `SIZES` of them, evenly spaced in bytes, the largest among them."""
+    largest = settings[-1][1].weight_bytes if settings else 0
+    wanted = [largest * (step + 1) / SIZES for step in range(SIZES)]
+    nearest = [
+        min(settings, key=lambda pair: abs(pair[1].weight_bytes - size)) for size in wanted if settings
     ]
+    return list(dict.fromkeys(nearest))
 
 
 def _rows(region: Region, rows_per_token: Mapping[str, float]) -> float:
     """Mean over the sites: they are of one shape, or read one tensor."""
     return sum(rows_per_token.get(weight, 1.0) for weight in region.weights) / len(region.weights)
-
-
-def _gains(work: Workload, dense: Workload) -> bool:
-    return work.weight_bytes < dense.weight_bytes

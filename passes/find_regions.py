@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from geofx.program import Program
 from geofx.region import Region, RegionKind
 from geofx.site import Site
+
 
 def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
     """Every site alone, linear maps of one tensor together, and one map across layers.
@@ -45,6 +46,11 @@ def _stacks(program: Program, sites: Sequence[Site]) -> Iterator[Region]:
             yield _together("stack", members)
 
 
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """How many first entries all lists have in common."""
+    return sum(1 for _ in takewhile(lambda entries: len(set(entries)) == 1, zip(*lists, strict=False)))
+
+
 def _roles(program: Program, sites: Sequence[Site]) -> Iterator[tuple[Hashable, ...]]:
     """What the same map of another layer has alike, the first and the last layer not excepted.
 
@@ -72,8 +78,8 @@ def _together(kind: RegionKind, sites: Sequence[Site]) -> Region:
 def joint_name(names: Sequence[str]) -> str:
     """One name for several: ``layers.0.{q_proj,k_proj}.weight``, ``layers.{0..29}.up.weight``."""
     split = [name.split(".") for name in names]
-    head = len(os.path.commonprefix(split))
-    tail = len(os.path.commonprefix([parts[head:][::-1] for parts in split]))
+    head = _alike(split)
+    tail = _alike([parts[head:][::-1] for parts in split])
     middles = [".".join(parts[head : len(parts) - tail]) for parts in split]
     numbers = [int(middle) for middle in middles if middle.isdecimal()]
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(middles))):

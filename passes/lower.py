@@ -84,7 +84,7 @@ class _Lowering:
         self.program.graph.erase_node(node)
 
     def _attributes(self, data: Any, trainable: bool) -> dict[str, fx.Node]:
-        """A node per factor, before the current one; the tensors are stored at the region's first node."""
+        """A node per factor, before the current one; tensors are stored at the region's first node."""
         found = {}
         for name, attribute in self.factored.attributes.items():
             if (attribute,) not in self.seen:
@@ -96,7 +96,7 @@ class _Lowering:
         return found
 
     def _inline(self, node: fx.Node, body: Any, inputs: list[Any]) -> fx.Node:
-        """Copy the traced ``body`` in before ``node``; what an earlier site computed alike is taken from it."""
+        """Copy the traced ``body`` in before ``node``; what an earlier site computed alike is reused."""
         with torch.no_grad():
             traced = make_fx(body, pre_dispatch=True)(*(item.meta["val"] for item in inputs))
         traced.graph.eliminate_dead_code()

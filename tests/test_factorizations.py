@@ -25,7 +25,7 @@ SHAPE = (24, 20)
 def analysis_of(
     *weights: Tensor, seed: int = 0, metric: Metric | None = None, kind: RegionKind = "single"
 ) -> RegionAnalysis:
-    """A region under random positive definite metrics of condition number near 100; one input but in stacks."""
+    """A region under random metrics of condition number near 100; one input but in stacks."""
     generator = torch.Generator().manual_seed(seed)
 
     def moment(size: int) -> Tensor:

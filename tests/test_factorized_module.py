@@ -177,7 +177,9 @@ def test_row_32_a_tied_weight_is_factored_in_both_uses_or_not_at_all() -> None:
     choices: Choices = {"lm_head.weight": fit(LowRank(16), "lm_head.weight", weight)}
     result = factorize_module(model, choices)
     assert result.lm_head.weight_left is result.model.embed_tokens.weight_left
-    assert sum(part.numel() for part in result.parameters()) < sum(part.numel() for part in model.parameters())
+    assert sum(part.numel() for part in result.parameters()) < sum(
+        part.numel() for part in model.parameters()
+    )
     form, factors = choices["lm_head.weight"]
     dense = copy.deepcopy(model)
     with torch.no_grad():

@@ -44,7 +44,7 @@ class ActivationSubspace:
 
     name: ClassVar[str] = "activation_subspace"
     regions: ClassVar[frozenset[RegionKind]] = frozenset({"single", "shared_input"})
-    closed_form: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = False
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
@@ -116,7 +116,8 @@ def eigenbasis(analysis: RegionAnalysis, criterion: Criterion) -> Tensor:
             where=analysis.region.name,
             fix="analyze(..., directions=True)",
         )
-    matrix = on_left(moment, torch.eye(columns, dtype=torch.float64))
+    matrix = on_left(moment, torch.eye(columns, dtype=torch.float64)) if moment is None or moment.dim() == 1 else moment
+    matrix = matrix.double()
     if criterion.startswith(("go", "nl")):
         rows = on_left(metric.output, weight) if criterion.startswith("nl") else weight
         product = matrix @ (weight.T @ rows)
