@@ -102,6 +102,17 @@ class Choice:
             self.region, self.kind, tuple(Site(name, shape, dtype=self.dtype) for name, shape in pairs)
         )
 
+    @property
+    def rows_per_token(self) -> float:
+        """How often the region runs per token of the model."""
+        once = measure(Dense(), self.as_region()).flops
+        return self.dense_flops / once if once else 1.0
+
+    def part(self, weight: str) -> Region:
+        """The region of one of the weights alone."""
+        site = Site(weight, self.shapes[self.weights.index(weight)], dtype=self.dtype)
+        return Region(weight, "single", (site,))
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -134,6 +145,29 @@ class SolverReport:
     __pydantic_config__ = STRICT
 
 
+def priced(region: Region, factorization: Factorization, rows_per_token: float) -> Choice:
+    """The choice of ``factorization`` for ``region``; its loss is unknown unless it is dense.
+
+    Raises:
+        PlanError: the factorization does not fit the region.
+    """
+    work = measure(Dense(), region).times(rows_per_token)
+    dense = work.parameters, work.weight_bytes, work.flops
+    shapes = tuple(site.shape for site in region.sites)
+    whole = Choice(
+        region.name,
+        region.kind,
+        region.weights,
+        shapes,
+        region.sites[0].dtype,  # type: ignore[arg-type]
+        Dense(),
+        0.0,
+        *dense,
+        *dense,
+    )
+    return reprice(whole, factorization, region.name)
+
+
 def reprice(choice: Choice, factorization: Factorization, where: str) -> Choice:
     """``choice`` with this factorization at measured prices; a loss predicted for another is dropped.
 
@@ -148,8 +182,7 @@ def reprice(choice: Choice, factorization: Factorization, where: str) -> Choice:
         work, dense = measure(factorization, region), measure(Dense(), region)
     except (PlanError, ValueError, RuntimeError) as error:
         raise PlanError(f"{choice.region}: {error}", where=where, fix="mend this entry") from error
-    rows = choice.dense_flops / dense.flops if dense.flops else 1.0
-    flops = work.flops * rows
+    flops = work.flops * choice.rows_per_token
     repriced = replace(
         choice,
         factorization=factorization,

@@ -20,12 +20,13 @@ from geofx.choice import (
     SolverReport,
     Totals,
     plain,
+    priced,
     reprice,
     require_disjoint,
     require_fits,
 )
 from geofx.errors import ArtifactMismatchError, ConfigError, PlanError
-from geofx.factorizations import Factorization
+from geofx.factorizations import Dense, Factorization
 from geofx.patterns import nearest
 from geofx.region import Region
 from geofx.strict_json import MAX_BYTES, parse
@@ -163,24 +164,44 @@ class Plan:
             ) from error
         return cls.from_json(text)
 
-    def edit(self, changes: Mapping[str, Factorization]) -> Plan:
+    def edit(self, changes: Mapping[str, Factorization], regions: Iterable[Region] = ()) -> Plan:
         """This plan with the factorizations of some regions replaced, priced anew.
 
-        The loss of a replaced choice is 0 where it is dense, else unknown; the budget is not enforced.
+        A region that is not in the plan, such as q, k and v together, takes the place of those that share
+        weights with it; what they leave uncovered stays dense. The loss of a replaced choice is 0 where it is
+        dense, else unknown; the budget is not enforced.
+
+        Args:
+            changes: region name -> factorization.
+            regions: where regions that the plan does not name are looked up, such as an analysis'.
 
         Raises:
-            PlanError: a region is not in the plan, or a factorization does not fit it.
+            PlanError: a region is not known, or a factorization does not fit it.
         """
-        known = [choice.region for choice in self.choices]
+        known = {region.name: region for region in regions} | {
+            choice.region: choice.as_region() for choice in self.choices
+        }
         for name in changes:
             if name not in known:
                 raise PlanError(
                     f"the plan has no region {name!r}", fix=f"the nearest are {nearest(name, known)}"
                 )
-        choices = [
-            reprice(choice, changes.get(choice.region, choice.factorization), choice.region)
-            for choice in self.choices
-        ]
+        owner = {weight: name for name in changes for weight in known[name].weights}
+        choices: list[Choice] = []
+        for choice in self.choices:
+            if not owner.keys() & set(choice.weights) or choice.region in changes:
+                form = changes.get(choice.region, choice.factorization)
+                choices.append(reprice(choice, form, choice.region))
+                continue
+            placed = {done.region for done in choices}
+            for name in dict.fromkeys(owner[weight] for weight in choice.weights if weight in owner):
+                if name not in placed:
+                    choices.append(priced(known[name], changes[name], choice.rows_per_token))
+            for weight in choice.weights:
+                if weight not in owner:
+                    whole = known.get(weight) or choice.part(weight)
+                    choices.append(priced(whole, Dense(), choice.rows_per_token))
+        require_disjoint(choices, {})
         return self._with(choices, SolverReport("edited"))
 
     def require_for(self, regions: Iterable[Region], model_hash: str) -> None:
