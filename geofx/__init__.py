@@ -11,6 +11,8 @@ if (_ROOT / "pyproject.toml").is_file():  # run from a checkout: passes/ and cos
 from geofx.analysis import Analysis  # noqa: E402
 from geofx.api import analyze, load_analysis, optimize  # noqa: E402
 from geofx.budget import Budget  # noqa: E402
+from geofx.compare import compare  # noqa: E402
+from geofx.comparison import Comparison  # noqa: E402
 from geofx.errors import GeofxError  # noqa: E402
 from geofx.model import OptimizedModel  # noqa: E402
 from geofx.plan import Plan  # noqa: E402
@@ -22,11 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "Budget",
+    "Comparison",
     "GeofxError",
     "OptimizedModel",
     "Plan",
     "Program",
     "analyze",
+    "compare",
     "load",
     "load_analysis",
     "optimize",

@@ -17,6 +17,7 @@ from rich.text import Text
 from geofx import cli_options as options
 from geofx import demo as demo_run
 from geofx import doctor as examination
+from geofx.cli_compare import compare
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
 from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
@@ -148,6 +149,7 @@ COMMANDS: tuple[tuple[str, Any], ...] = (
     ("export", export),
     ("eval", evaluate),
     ("bench", bench),
+    ("compare", compare),
     ("taxonomy", taxonomy),
     ("demo", demo),
     ("doctor", doctor),

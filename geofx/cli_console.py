@@ -85,8 +85,10 @@ class ConsoleProgress:
         self(stage, 1, 1)
 
     def _draw(self, bars: Bars, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks or done == 0:
+        if stage not in self._tasks:
             self._tasks[stage] = bars.add_task(plain(stage), total=total or None)
+        elif done == 0:
+            bars.reset(self._tasks[stage], total=total or None)
         bars.update(self._tasks[stage], completed=done, total=total or None)
 
     def _say(self, stage: str, done: int, total: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +13,16 @@ import networkx
 import torch
 import typer
 from rich.table import Table
-from torch import Tensor
 
 from geofx import cli_options as options
 from geofx.batches import Batch
+from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.folder import check_files, write_file
 from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
-from geofx.program import Program
 from geofx.report_html import report_html
 from geofx.report_rows import Format, in_bytes, in_loss, in_percent, in_seconds
 from geofx.report_table import report_tables
@@ -34,7 +33,6 @@ from geofx.trace import trace
 from geofx.verify import Fidelity, verify
 
 EVAL_TOKENS = 16384
-BENCH_SIZES = {"batch": 1, "sequence": 128}
 
 
 def inspect(
@@ -157,32 +155,6 @@ def bench(
         show(
             _table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()}), sizes
         )
-
-
-def bench_inputs(program: Program, batch: int | None, length: int | None) -> dict[str, Tensor]:
-    """The program's example, repeated or cut to ``batch`` rows of ``length`` tokens; masks are all ones.
-
-    Raises:
-        ConfigError: a size is given that no input of the program has.
-    """
-    sizes = {"batch": batch, "sequence": length}
-    known = {label for dims in program.dynamic_shapes.values() for label in dims.values()}
-    for label, option in (("batch", "--batch"), ("sequence", "--length")):
-        if sizes[label] is not None and label not in known:
-            what = f"{option} has no effect: no input of the model varies so"
-            raise ConfigError(what, where=", ".join(program.input_names), fix=f"leave out {option}")
-    wanted = {label: sizes[label] or default for label, default in BENCH_SIZES.items()}
-    return {
-        name: _resized(name, value, program.dynamic_shapes.get(name, {}), wanted)
-        for name, value in program.example.items()
-    }
-
-
-def _resized(name: str, value: Tensor, labels: Mapping[int, str], wanted: Mapping[str, int]) -> Tensor:
-    for dim, label in labels.items():
-        if label in wanted:
-            value = value.index_select(dim, torch.arange(wanted[label]) % value.shape[dim])
-    return torch.ones_like(value) if name.endswith("mask") and not value.is_floating_point() else value
 
 
 def _windows(saved: Path, source: Source | None, text: str, tokens: int, length: int) -> list[Batch]:

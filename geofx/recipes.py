@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from geofx import papers
 from geofx.errors import ConfigError
+from geofx.factorizations.activation_subspace import Criterion
 from geofx.method import Form, Method
 from geofx.papers import Paper
 from geofx.patterns import nearest
 from geofx.region import RegionKind
 
-Criterion = Literal["MSE", "NMSE", "GO-MSE", "GO-NMSE", "NL-MSE", "NL-NMSE"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 EMBEDDINGS: tuple[RegionKind, ...] = ("embedding", "tied_embedding")
 METRIC = "fitted in the metric of the loss, starting from the paper's projection, and not trained afterwards"
@@ -93,15 +93,15 @@ def pifa() -> Recipe:
     )
 
 
-def espace(criterion: Criterion = "GO-MSE") -> Recipe:
-    """x ≈ P Pᵀ x with P static and orthonormal, by one of six criteria."""
+def espace(criterion: Criterion = "best") -> Recipe:
+    """x ≈ P Pᵀ x with P static and orthonormal, by one of six criteria or the best at each site."""
     if criterion not in CRITERIA:
         raise ConfigError(f"unknown criterion {criterion!r}", fix=f"use one of {', '.join(CRITERIA)}")
     return Recipe(
-        f"espace-{criterion.lower()}",
+        f"espace-{criterion}",
         (Form.of("activation_subspace", criterion=criterion),),
         paper=papers.ESPACE,
-        differs="One criterion and one share for all sites; not retrained, by which the paper heals cuts.",
+        differs="The best criterion is that of the least predicted loss; no retraining follows.",
     )
 
 
@@ -360,7 +360,7 @@ def all() -> tuple[Recipe, ...]:
 
 
 def named(names: Iterable[str]) -> tuple[Recipe, ...]:
-    """The recipes of these names, such as ``svd_llm`` or ``espace-nl-mse``.
+    """The recipes of these names, such as ``svd_llm`` or ``espace-nl_mse``.
 
     Raises:
         ConfigError: a name is not that of a recipe.

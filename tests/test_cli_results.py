@@ -14,8 +14,8 @@ import torch
 
 import geofx
 from geofx import cli_optimize, cli_results
+from geofx.bench_inputs import bench_inputs
 from geofx.cli import main
-from geofx.cli_results import bench_inputs
 from geofx.errors import CaptureError, ConfigError
 from geofx.trace import trace
 

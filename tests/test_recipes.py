@@ -86,7 +86,7 @@ def test_regions_are_preferred_by_kind_then_by_how_many_weights_they_hold() -> N
 def test_what_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="the nearest are 'svd_llm'"):
         recipes.named(["svd_lm"])
-    with pytest.raises(ConfigError, match="GO-NMSE"):
+    with pytest.raises(ConfigError, match="go_nmse"):
         recipes.espace("MAE")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="'low_rank'"):
         Form.of("low_rang").member()
@@ -94,5 +94,6 @@ def test_what_does_not_exist_is_refused_by_name() -> None:
         Form.of("low_rank", colour=1).member()
 
 
-def test_the_six_criteria_are_recipes_of_their_own() -> None:
-    assert [recipe.name for recipe in EVERY[-6:]] == [f"espace-{name.lower()}" for name in CRITERIA]
+def test_the_criteria_are_recipes_of_their_own() -> None:
+    assert [recipe.name for recipe in EVERY[-7:]] == [f"espace-{name}" for name in CRITERIA]
+    assert recipes.espace() in EVERY

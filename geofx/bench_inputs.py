@@ -1,0 +1,39 @@
+"""Inputs of a chosen batch and length, from the example that a program was traced with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from geofx.errors import ConfigError
+from geofx.program import Program
+
+BENCH_SIZES = {"batch": 1, "sequence": 128}
+
+
+def bench_inputs(program: Program, batch: int | None, length: int | None) -> dict[str, Tensor]:
+    """The program's example, repeated or cut to ``batch`` rows of ``length`` tokens; masks are all ones.
+
+    Raises:
+        ConfigError: a size is given that no input of the program has.
+    """
+    sizes = {"batch": batch, "sequence": length}
+    known = {label for dims in program.dynamic_shapes.values() for label in dims.values()}
+    for label, option in (("batch", "--batch"), ("sequence", "--length")):
+        if sizes[label] is not None and label not in known:
+            what = f"{option} has no effect: no input of the model varies so"
+            raise ConfigError(what, where=", ".join(program.input_names), fix=f"leave out {option}")
+    wanted = {label: sizes[label] or default for label, default in BENCH_SIZES.items()}
+    return {
+        name: _resized(name, value, program.dynamic_shapes.get(name, {}), wanted)
+        for name, value in program.example.items()
+    }
+
+
+def _resized(name: str, value: Tensor, labels: Mapping[int, str], wanted: Mapping[str, int]) -> Tensor:
+    for dim, label in labels.items():
+        if label in wanted:
+            value = value.index_select(dim, torch.arange(wanted[label]) % value.shape[dim])
+    return torch.ones_like(value) if name.endswith("mask") and not value.is_floating_point() else value

@@ -1,0 +1,114 @@
+"""geofx compare: every format and recipe at equal bytes, as a table, JSON and a chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from geofx import cli_options as options
+from geofx.api import analyze, load_analysis
+from geofx.cli_console import show, show_json, working
+from geofx.compare_run import ROUNDS, compare_analysis
+from geofx.compare_subjects import reads_directions
+from geofx.comparison_figures import check_chart, draw_chart
+from geofx.comparison_table import comparison_tables
+from geofx.errors import ConfigError
+from geofx.folder import check_files, check_target
+from geofx.sources import load_source
+
+KEEP = "0.8"
+
+
+def compare(
+    model: options.Model,
+    text: options.Text = None,
+    data: options.Data = None,
+    holdout: options.Holdout = None,
+    keep: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of the bytes, such as 0.9,0.8,0.6.")
+    ] = KEEP,
+    formats: Annotated[str, typer.Option(metavar="NAMES", help="all, none, or names with commas.")] = "all",
+    recipes: Annotated[str, typer.Option(metavar="NAMES", help="all, none, or names with commas.")] = "all",
+    latency: Annotated[
+        str, typer.Option(metavar="ENGINES", help="torch, onnx (exports each result: slow), both, or none.")
+    ] = "torch",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the comparison as JSON.")
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw loss against bytes: .svg, .png or .pdf.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where what is done is kept; an interrupted run goes on."),
+    ] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
+    ] = None,
+    mode: options.Mode = "two_sided",
+    tokens: options.Tokens = options.CALIBRATION_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each; medians are shown.")] = ROUNDS,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Set every format and recipe side by side at equal bytes, on the same model and data."""
+    shares = _shares(keep)
+    kept = analysis is not None and analysis.exists()
+    check_files(output)
+    if chart is not None:
+        check_chart(chart)
+    if analysis is not None and not kept:
+        check_target(analysis)
+    options.check_data(text, data, holdout, needed=not kept)
+    with working() as progress:
+        with progress.step("load"):
+            source = load_source(model)
+        if analysis is not None and kept:
+            found = load_analysis(analysis, source.model, progress=progress)
+        else:
+            calibration, held = options.calibration_of(source, text, data, holdout, tokens, length)
+            found = analyze(
+                source.model,
+                calibration,
+                mode=mode,
+                holdout=held,
+                example=options.example_of(source, calibration),
+                seed=seed,
+                progress=progress,
+                directions=reads_directions(_names(formats), _names(recipes)),
+            )
+        if analysis is not None and not kept:
+            found.save(analysis)
+        made = compare_analysis(
+            found,
+            shares,
+            formats=_names(formats),
+            recipes=_names(recipes),
+            latency=() if latency == "none" else latency.split(","),  # type: ignore[arg-type]
+            cache=cache,
+            rounds=rounds,
+            name=source.description,
+        )
+        if output is not None:
+            made.save(output)
+        if chart is not None:
+            draw_chart(made, chart)
+    if as_json:
+        show_json(made.to_json())
+    else:
+        show(*comparison_tables(made))
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} are no shares", where="--keep", fix="give 0.8 or 0.9,0.8,0.6") from None
+
+
+def _names(text: str) -> Any:
+    return text if text in ("all", "none") else [part.strip() for part in text.split(",")]

@@ -1,0 +1,145 @@
+"""Fits and measurements on disk, each written once it is known: what was interrupted goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from geofx import strict_json
+from geofx.errors import ArtifactError, GeofxError
+from geofx.tensor_file import describe, read_tensors, storable, write_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def default_folder() -> Path:
+    """The user's cache folder of this system, ``geofx/compare`` in it."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "geofx" / "compare"
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over JSON values and tensors."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Entries by key: a JSON value each, with tensors where there are any; all checked by hash.
+
+    An entry that is damaged counts as missing. Writing replaces whole files, so a reader sees all or nothing.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the cache folder cannot be made: {error.strerror}"
+            raise ArtifactError(what, where=str(self.folder), fix="give another by --cache") from error
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[None]:
+        """One process at a time works on ``key``; a second waits and then finds what the first wrote."""
+        with FileLock(self.folder / f"{key[:32]}.lock"):
+            yield
+
+    def read(self, key: str) -> Any | None:
+        """The value at ``key``, or None."""
+        entry = self._entry(key)
+        return None if entry is None else entry["value"]
+
+    def read_tensors(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors at ``key``, or None where they were dropped or are damaged."""
+        entry, file = self._entry(key), self._tensors(key)
+        if entry is None or entry["tensors"] is None or not file.exists():
+            return None
+        try:
+            if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+                raise ValueError("its hash is another")
+            return read_tensors(file, entry["tensors"])
+        except (OSError, ValueError, GeofxError) as error:
+            logger.warning("cached factors are computed again: %s", error)
+            return None
+
+    def write(self, key: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Put a JSON value, and tensors, at ``key``.
+
+        Raises:
+            ArtifactError: the cache cannot be written.
+        """
+        try:
+            entry: dict[str, Any] = {"value": value, "tensors": None, "sha256": ""}
+            if tensors is not None:
+                ready = storable(tensors)
+                with self._replaced(self._tensors(key)) as file:
+                    write_tensors(file, ready)
+                    entry |= {
+                        "tensors": describe(ready),
+                        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                    }
+            text = strict_json.dumps({"entry": entry, "sha256": digest(entry)})
+            with self._replaced(self._json(key)) as file:
+                file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            what = f"the cache cannot be written: {error.strerror}"
+            raise ArtifactError(what, where=str(self.folder), fix="free some disk or give --cache") from error
+
+    def drop_tensors(self, keys: Iterable[str]) -> None:
+        """Forget the tensors at ``keys``; their values stay."""
+        for key in keys:
+            self._tensors(key).unlink(missing_ok=True)
+
+    def _entry(self, key: str) -> dict[str, Any] | None:
+        try:
+            found = strict_json.parse(self._json(key).read_bytes())
+            if found["sha256"] != digest(found["entry"]):
+                raise ValueError("its hash is another")
+            entry: dict[str, Any] = found["entry"]
+            return entry
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            logger.warning("a cached entry is computed again: %s", error)
+            return None
+
+    def _json(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+    def _tensors(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    @contextmanager
+    def _replaced(self, target: Path) -> Iterator[Path]:
+        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            yield scratch
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)

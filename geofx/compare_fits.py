@@ -1,0 +1,108 @@
+"""Fits of single regions, each done once and kept on disk: the loss for good, the factors while needed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from geofx import region_analysis
+from geofx.compare_cache import Cache, digest
+from geofx.errors import GeofxError
+from geofx.factorizations import Factored, Factorization, Factors, contract, from_json, refine, to_json
+from geofx.factorizations.contract import factored_loss
+from geofx.region_analysis import RegionAnalysis
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One format on one region; with an ``error`` there are no factors.
+
+    Attributes:
+        asked: the format as proposed.
+        form: the format as fitted.
+        loss: what the factors lose.
+    """
+
+    key: str
+    region: str
+    asked: Factorization
+    form: Factorization
+    loss: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass
+class Fits:
+    """Fits of one model under one calibration, which ``base`` is the hash of."""
+
+    cache: Cache
+    base: str
+    _used: set[str] = field(default_factory=set)
+
+    def get(self, form: Factorization, analysis: RegionAnalysis) -> Fit:
+        """The fit of ``form``, from the cache or done now; a failure is an entry like any other."""
+        key = digest(self.base, analysis.region.name, to_json(form), code_of(type(form)))
+        self._used.add(key)
+        found = self.cache.read(key)
+        if found is None:
+            self._fit(key, form, analysis)
+            found = self.cache.read(key) or {}
+        fitted = from_json(found["form"])
+        return Fit(key, analysis.region.name, form, fitted, found["loss"], found["seconds"], found["error"])
+
+    def factored(self, fit: Fit, analysis: RegionAnalysis) -> Factored:
+        """The factors of ``fit``, fitted again where they were dropped or damaged."""
+        known = self.cache.read_tensors(fit.key)
+        factors = self._fit(fit.key, fit.asked, analysis) if known is None else known
+        device = next(iter(analysis.weights.values())).device
+        here = {name: part.to(device).contiguous() for name, part in factors.items()}
+        return Factored(fit.form, here, analysis.region.weights)
+
+    def drop(self) -> None:
+        """Forget the factors of all fits since the last call; their losses stay."""
+        self.cache.drop_tensors(self._used)
+        self._used.clear()
+
+    def _fit(self, key: str, form: Factorization, analysis: RegionAnalysis) -> Factors:
+        start = time.perf_counter()
+        try:
+            fitted, factors = form.fit(analysis.weights, analysis)
+            seconds = time.perf_counter() - start
+            loss = factored_loss(fitted, factors, analysis)
+        except MemoryError:
+            raise
+        except Exception as error:
+            logger.info("%s at %s: %s", form, analysis.region.name, error)
+            seconds = time.perf_counter() - start
+            self.cache.write(key, _entry(form, 0.0, seconds, reason(error)))
+            return {}
+        self.cache.write(key, _entry(fitted, loss, seconds, ""), factors)
+        return factors
+
+
+def reason(error: Exception) -> str:
+    """What happened, on one line; the class too where the error is not one of geofx's."""
+    what = error.what if isinstance(error, GeofxError) else f"{type(error).__name__}: {error}"
+    return " ".join(what.split())[:160]
+
+
+def code_of(*formats: type[Factorization]) -> str:
+    """Hash of the code that fits ``formats``: an entry of other code is not used."""
+    modules = [sys.modules[member.__module__] for member in formats]
+    return digest([inspect.getsource(module) for module in (*modules, contract, refine, region_analysis)])
+
+
+def _entry(form: Factorization, loss: float, seconds: float, error: str) -> dict[str, object]:
+    return {"form": to_json(form), "loss": loss, "seconds": seconds, "error": error}
+
+
+def seconds_of(fits: Iterable[Fit]) -> float:
+    """What these fits took when they were done."""
+    return sum(fit.seconds for fit in fits)

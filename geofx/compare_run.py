@@ -1,0 +1,388 @@
+"""Every method at every share: list, fit, choose, rewrite, measure; one row's factors in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from geofx.batches import Batch
+from geofx.budget import Budget
+from geofx.choice import Totals
+from geofx.compare_cache import Cache, default_folder, digest
+from geofx.compare_fits import Fit, Fits, code_of, reason, seconds_of
+from geofx.compare_latency import Stopwatch
+from geofx.compare_prices import Prices
+from geofx.compare_subjects import Names, Subject, subjects
+from geofx.comparison import Comparison, Engine, Figures, Row, finite
+from geofx.compression import compression_ratio, parameter_count
+from geofx.errors import BudgetInfeasibleError, ConfigError, PlanError
+from geofx.factorizations import Dense, Factorization
+from geofx.method import Allocation, disjoint
+from geofx.model import OptimizedModel
+from geofx.moments import Moments
+from geofx.objective import Objective
+from geofx.options import Option
+from geofx.parameter_space import ParameterSpace
+from geofx.plan import Plan
+from geofx.planner import choose
+from geofx.program import Program
+from geofx.progress import Progress
+from geofx.recipes import Recipe
+from geofx.region_analysis import RegionAnalysis
+from geofx.verify import verify
+from geofx.workload import measure
+
+logger = logging.getLogger(__name__)
+
+Record = TypeVar("Record", Row, Figures)
+
+ROUNDS = 7
+"""Calls that a median latency is of."""
+
+REPLANS = 8
+"""How often a plan is made anew without what could not be fitted."""
+
+
+class Comparable(Protocol):
+    """What a comparison takes from an analysis."""
+
+    original: Program
+    program: Program
+    regions: dict[str, RegionAnalysis]
+    moments: Moments
+    objective: Objective
+    holdout: list[Batch]
+    module: Any
+    model_hash: str
+    progress: Progress
+
+    def finish(self, plan: Plan, rewrites: Any, holdout: list[Batch] | None = None) -> OptimizedModel:
+        """The rewritten and verified model."""
+        ...
+
+
+def compare_analysis(
+    analysis: Comparable,
+    keep: float | Iterable[float] = 0.8,
+    *,
+    formats: Names = "all",
+    recipes: Names | Iterable[Recipe] = "all",
+    latency: Iterable[Engine] = ("torch",),
+    cache: str | Path | None = None,
+    rounds: int = ROUNDS,
+    name: str = "",
+) -> Comparison:
+    """Each format and recipe at each share of the bytes of what it rewrites, on the same data.
+
+    A format has two rows per share: the same share of every region, and the planner's choice within the
+    same total. What was done is kept in ``cache`` and not done again.
+
+    Raises:
+        ConfigError: there is no held-out data, or a share, format, recipe or engine is not known.
+    """
+    if not analysis.holdout:
+        raise ConfigError("there is no held-out data to compare on", fix="analyze with holdout=")
+    keeps = _shares(keep)
+    entrants = subjects(formats, recipes, analysis.regions)
+    run = _Run(analysis, Cache(default_folder() if cache is None else Path(cache)), keeps, rounds)
+    run.engines = _engines(latency)
+    return run.comparison(entrants, name or type(analysis.module).__name__)
+
+
+@dataclass
+class _Run:
+    analysis: Comparable
+    cache: Cache
+    keeps: tuple[float, ...]
+    rounds: int
+    engines: tuple[Engine, ...] = ("torch",)
+    _listed: dict[tuple[str, str], tuple[list[Factorization], str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        moments, holdout = self.analysis.moments, self.analysis.holdout
+        tables = [value for value in vars(moments).values() if isinstance(value, Mapping)]
+        seen = [item for table in tables for _, item in sorted(table.items()) if isinstance(item, Tensor)]
+        self.base = digest(self.analysis.model_hash, moments.mode, moments.loss_terms, *seen)
+        self.fits = Fits(self.cache, self.base)
+        self.measured_on = digest(*(value for batch in holdout for _, value in sorted(batch.items())))
+        self.prices = Prices.of(self.analysis.original, self.analysis.program, self.analysis.regions)
+        self.stopwatch = Stopwatch(self.analysis.original, self.cache.folder, self.rounds)
+        self.before = parameter_count(ParameterSpace.of(self.analysis.original))
+
+    def comparison(self, entrants: Sequence[Subject], name: str) -> Comparison:
+        progress, rows = self.analysis.progress, list[Row]()
+        total = sum(len(self.keeps) * len(subject.allocations) for subject in entrants)
+        progress("compare", 0, total)
+        for subject in entrants:
+            for allocation in subject.allocations:
+                for keep in self.keeps:
+                    rows.append(self.row(subject, allocation, keep))
+                    logger.info("%s", _said(rows[-1]))
+                    progress("compare", len(rows), total)
+            self.fits.drop()
+        moments = self.analysis.moments
+        original, tokens = self._original()
+        return Comparison(
+            model=name,
+            original=original,
+            unit=moments.unit,
+            tokens=tokens,
+            calibration_tokens=max(moments.tokens.values(), default=0),
+            rows=tuple(rows),
+            methods={subject.method.name: finite(subject.method.to_json()) for subject in entrants},
+        )
+
+    def row(self, subject: Subject, allocation: Allocation, keep: float) -> Row:
+        """One row, from the cache where it is there with every latency that is asked for."""
+        method = subject.method
+        empty = Row(method.name, subject.role, allocation, subject.scope, keep)
+        grid = self.keeps if allocation == "planned" else ()
+        try:
+            code = code_of(*method.formats)
+        except PlanError as error:
+            return replace(empty, notes=(reason(error),))
+        what = method.to_json(), allocation, keep, grid, subject.role, self.rounds, code
+        key = digest(self.base, self.measured_on, *what)
+        with self.cache.claimed(key):
+            found = _read(Row, self.cache.read(key))
+            if found is None or (found.figures and not set(self.engines) <= found.figures.latency.keys()):
+                found = self._made(subject, empty)
+                self.cache.write(key, finite(asdict(found)))
+        return found
+
+    def _made(self, subject: Subject, empty: Row) -> Row:
+        """The row filled in; what goes wrong is its note."""
+        notes: Counter[str] = Counter()
+        try:
+            if not subject.method.regions(self.analysis.regions):
+                kinds = " or ".join(subject.method.kinds)
+                return replace(empty, notes=(f"the model has no {kinds} region that it rewrites",))
+            fits = (self._uniform if empty.allocation == "uniform" else self._planned)(
+                subject, empty.keep, notes
+            )
+            if not fits:
+                return replace(empty, notes=_counted(notes) or ("it rewrites nothing at this share",))
+            return self._measured(empty, fits, notes)
+        except MemoryError:
+            raise
+        except Exception as error:
+            logger.info("%s, %s, keep %s", empty.name, empty.allocation, empty.keep, exc_info=error)
+            return replace(empty, notes=(*_counted(notes), reason(error)))
+
+    def _uniform(self, subject: Subject, keep: float, notes: Counter[str]) -> list[Fit]:
+        """The largest setting within the share, region by region; what has none stays dense."""
+        regions = disjoint(subject.method.regions(self.analysis.regions))
+        return self._fitted([(item, self._within(subject, item, keep, notes)) for item in regions], notes)
+
+    def _within(
+        self, subject: Subject, analysis: RegionAnalysis, keep: float, notes: Counter[str]
+    ) -> Factorization | None:
+        allowed = keep * measure(Dense(), analysis.region).weight_bytes
+        fitting = [
+            item
+            for item in self._candidates(subject, analysis, notes)
+            if measure(item, analysis.region).weight_bytes <= allowed
+        ]
+        if not fitting and not self._listed[subject.method.name, analysis.region.name][1]:
+            notes[f"no setting within {keep:.0%} of the weight"] += 1
+        return fitting[-1] if fitting else None
+
+    def _fitted(
+        self, wanted: Sequence[tuple[RegionAnalysis, Factorization | None]], notes: Counter[str]
+    ) -> list[Fit]:
+        chosen = [(analysis, form) for analysis, form in wanted if form is not None]
+        self.analysis.progress("fit", 0, len(chosen))
+        found = []
+        for done, (analysis, form) in enumerate(chosen):
+            fit = self.fits.get(form, analysis)
+            if fit.error:
+                notes[fit.error] += 1
+            else:
+                found.append(fit)
+            self.analysis.progress("fit", done + 1, len(chosen))
+        return found
+
+    def _planned(self, subject: Subject, keep: float, notes: Counter[str]) -> list[Fit]:
+        """The planner's choice among dense and what the method may do, within the same total bytes."""
+        options = self._options(subject, notes)
+        cap = self.prices.total.bytes - round((1.0 - keep) * self.prices.scope(subject.scope).bytes)
+        for _ in range(REPLANS):
+            plan = self._chosen(options, cap, notes)
+            wanted = [(self.analysis.regions[item.region], item.factorization) for item in plan.rewritten]
+            fits = self._fitted(wanted, notes)
+            if len(fits) == len(wanted):
+                return fits
+            done = {fit.region for fit in fits}
+            failed = {(item.region.name, form) for item, form in wanted if item.region.name not in done}
+            options = [item for item in options if (item.region.name, item.factorization) not in failed]
+        return fits
+
+    def _chosen(self, options: Sequence[Option], cap: int, notes: Counter[str]) -> Plan:
+        try:
+            return choose([*self.prices.dense, *options], Budget(size=cap), self.prices.fixed)
+        except BudgetInfeasibleError as error:
+            if error.best is None:
+                raise
+            notes["the share cannot be reached: the smallest plan"] += 1
+            best: Plan = error.best
+            return best
+
+    def _options(self, subject: Subject, notes: Counter[str]) -> list[Option]:
+        found = []
+        for analysis in subject.method.regions(self.analysis.regions):
+            forms = self._candidates(subject, analysis, notes)
+            known = {
+                form: form.predicted_loss(analysis.region, analysis) for form in forms if form.closed_form
+            }
+            picked = {
+                form
+                for keep in self.keeps
+                if (form := self._within(subject, analysis, keep, Counter())) and not form.closed_form
+            }
+            fits = [self.fits.get(form, analysis) for form in forms if form in picked]
+            known |= {fit.asked: fit.loss for fit in fits if not fit.error}
+            found += [
+                Option(analysis.region, form, self.prices.work(form, analysis.region), loss)
+                for form, loss in known.items()
+            ]
+        return found
+
+    def _candidates(
+        self, subject: Subject, analysis: RegionAnalysis, notes: Counter[str]
+    ) -> list[Factorization]:
+        """Settings that are smaller than the weight; none, and a note, where listing them fails."""
+        key = subject.method.name, analysis.region.name
+        if key not in self._listed:
+            try:
+                self._listed[key] = _smaller(subject, analysis), ""
+            except Exception as error:
+                logger.info("%s at %s", *key, exc_info=error)
+                self._listed[key] = [], reason(error)
+        found, failed = self._listed[key]
+        if failed:
+            notes[failed] += 1
+        return found
+
+    def _measured(self, row: Row, fits: Sequence[Fit], notes: Counter[str]) -> Row:
+        """``row`` with the figures of the model that ``fits`` make; equal fits are measured once."""
+        taken = [self._option(fit) for fit in fits]
+        saved = sum(measure(Dense(), item.region).weight_bytes - item.workload.weight_bytes for item in taken)
+        scope = self.prices.scope(row.scope)
+        key = digest(self.base, self.measured_on, self.rounds, sorted(fit.key for fit in fits))
+        figures, failed = _read(Figures, self.cache.read(key)), tuple[str, ...]()
+        if figures is None or not set(self.engines) <= figures.latency.keys():
+            figures, failed = self._rewritten(taken, fits, saved, scope)
+            self.cache.write(key, finite(asdict(figures)))
+        return replace(
+            row,
+            kept=1.0 - saved / scope.bytes,
+            rewritten=len(fits),
+            figures=figures,
+            notes=(*_counted(notes), *failed),
+        )
+
+    def _option(self, fit: Fit) -> Option:
+        region = self.analysis.regions[fit.region].region
+        return Option(region, fit.form, self.prices.work(fit.form, region), fit.loss)
+
+    def _rewritten(
+        self, taken: Sequence[Option], fits: Sequence[Fit], saved: int, scope: Totals
+    ) -> tuple[Figures, tuple[str, ...]]:
+        """Figures of the rewritten model, and why an engine has no latency."""
+        plan = choose(
+            [*self.prices.dense, *taken],
+            Budget(size=self.prices.total.bytes - saved),
+            self.prices.fixed,
+            model_hash=self.analysis.model_hash,
+            unit=self.analysis.moments.unit,
+        )
+        rewrites = {fit.region: self.fits.factored(fit, self.analysis.regions[fit.region]) for fit in fits}
+        result = self.analysis.finish(plan, rewrites)
+        latency, failed = self.stopwatch(result.program, self.engines)
+        return self._figures(result, scope, fits, latency), failed
+
+    def _figures(
+        self, result: OptimizedModel, scope: Totals, fits: Sequence[Fit], latency: dict[Engine, Any]
+    ) -> Figures:
+        program, fidelity = result.program, result.fidelity
+        parameters = program.parameter_count()
+        found = Figures(
+            size_bytes=program.size_bytes(),
+            parameters=parameters,
+            linear_parameters=scope.parameters - (self.prices.total.parameters - parameters),
+            flops_per_token=result.plan.predicted.flops,
+            compression_ratio=compression_ratio(self.before, parameter_count(ParameterSpace.of(program))),
+            predicted_loss=sum(fit.loss for fit in fits),
+            fit_s=seconds_of(fits),
+            latency=latency,
+        )
+        if fidelity is None:
+            return found
+        return replace(
+            found,
+            parameter_mae=fidelity.parameter_mae,
+            loss_increase=fidelity.loss_increase,
+            loss=fidelity.loss_optimized,
+            kl=fidelity.kl,
+            top1_agreement=fidelity.top1_agreement,
+        )
+
+    def _original(self) -> tuple[Figures, int]:
+        """The figures of the model as it was, and the loss terms that losses are measured on."""
+        analysis, total = self.analysis, self.prices.total
+        fidelity = verify(analysis.original, analysis.original, analysis.holdout, analysis.objective)
+        linear = self.prices.scope("blocks").parameters
+        figures = Figures(
+            total.bytes, total.parameters, linear, self.prices.total.flops, loss=fidelity.loss_original
+        )
+        return figures, fidelity.tokens
+
+
+def _shares(keep: float | Iterable[float]) -> tuple[float, ...]:
+    keeps = tuple(sorted({keep} if isinstance(keep, int | float) else set(keep), reverse=True))
+    for share in keeps:
+        if not 0.0 < share < 1.0:
+            raise ConfigError(f"a share of {share} cannot be kept", fix="give shares between 0 and 1")
+    if not keeps:
+        raise ConfigError("no share to keep is given", fix="give shares such as 0.8")
+    return keeps
+
+
+def _engines(names: Iterable[Engine]) -> tuple[Engine, ...]:
+    known: Mapping[str, Engine] = {"torch": "torch", "onnx": "onnx"}
+    wanted = tuple(names)
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"no engine {name!r}", fix="use torch, onnx")
+    return wanted
+
+
+def _read(record: type[Record], data: Any) -> Record | None:
+    """The record that was cached; None where there is none, or one of another form."""
+    with suppress(ValidationError):
+        return None if data is None else TypeAdapter(record).validate_json(json.dumps(data), strict=True)
+    return None
+
+
+def _smaller(subject: Subject, analysis: RegionAnalysis) -> list[Factorization]:
+    dense = measure(Dense(), analysis.region).weight_bytes
+    every = subject.method.candidates(analysis.region, analysis)
+    return [item for item in every if measure(item, analysis.region).weight_bytes < dense]
+
+
+def _counted(notes: Counter[str]) -> tuple[str, ...]:
+    return tuple(f"{count} x {text}" for text, count in sorted(notes.items()))
+
+
+def _said(row: Row) -> str:
+    loss = row.figures.loss_increase if row.figures else None
+    return f"{row.name}, {row.allocation}, keep {row.keep}: {'no model' if loss is None else f'{loss:+.4f}'}"

@@ -1,0 +1,96 @@
+"""What is compared: every format on every kind of region that it rewrites, and every recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from geofx import recipes
+from geofx.comparison import Role, Scope
+from geofx.errors import ConfigError
+from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
+from geofx.method import Allocation, Form, Method
+from geofx.patterns import nearest
+from geofx.recipes import EMBEDDINGS, Recipe
+from geofx.region import RegionKind
+from geofx.region_analysis import RegionAnalysis
+
+TOGETHER: tuple[RegionKind, ...] = ("shared_input", "gated_mlp", "value_output", "stack")
+Names = Iterable[str] | Literal["all", "none"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method and the allocations to show of it."""
+
+    method: Method
+    role: Role
+    allocations: tuple[Allocation, ...]
+
+    @property
+    def scope(self) -> Scope:
+        """Which weights a share is of."""
+        tables = set(self.method.kinds) & set(EMBEDDINGS)
+        if not tables:
+            return "blocks"
+        return "embedding" if tables == set(self.method.kinds) else "blocks and embedding"
+
+
+def subjects(
+    formats: Names, chosen: Names | Iterable[Recipe], regions: Mapping[str, RegionAnalysis]
+) -> list[Subject]:
+    """Formats first, by the kinds of region that the model has, then recipes.
+
+    Raises:
+        ConfigError: a name is neither a format nor a recipe.
+    """
+    kinds = {analysis.region.kind for analysis in regions.values()}
+    methods = [method for member in _formats(formats) for method in _methods(member, kinds)]
+    found = [Subject(method, "format", ("uniform", "planned")) for method in methods]
+    return [*found, *(Subject(item, "recipe", (item.allocation,)) for item in _recipes(chosen))]
+
+
+def _formats(names: Names) -> list[type[Factorization]]:
+    known = {member.name: member for member in FACTORIZATIONS if member is not Dense}
+    if names == "all":
+        return list(known.values())
+    wanted = [] if names == "none" else list(names)
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"no format {name!r}", fix=f"the nearest are {nearest(name, known)}")
+    return [known[name] for name in wanted]
+
+
+def _methods(member: type[Factorization], kinds: set[RegionKind]) -> Iterator[Method]:
+    """The format on single matrices, on each kind of region of several, and on the embedding."""
+    forms, rewritten = (Form(member.name),), member.regions & kinds
+    if "single" in rewritten:
+        yield Method(member.name, forms)
+    for kind in TOGETHER:
+        if kind in rewritten:
+            rest: tuple[RegionKind, ...] = ("single",) if "single" in rewritten else ()
+            yield Method(f"{member.name}/{kind}", forms, (kind, *rest))
+    tables = tuple(kind for kind in EMBEDDINGS if kind in rewritten)
+    if tables:
+        yield Method(f"{member.name}/embedding", forms, tables)
+
+
+def _recipes(chosen: Names | Iterable[Recipe]) -> tuple[Recipe, ...]:
+    if chosen == "all":
+        return recipes.all()
+    if chosen == "none":
+        return ()
+    return tuple(
+        found for item in chosen for found in ((item,) if isinstance(item, Recipe) else recipes.named([item]))
+    )
+
+
+def reads_directions(formats: Names, chosen: Names | Iterable[Recipe]) -> bool:
+    """Whether something among these has criteria over x / ‖x‖, which an analysis takes only when asked."""
+    named = [item if isinstance(item, str) else item.name for item in (*_listed(formats), *_listed(chosen))]
+    return any(name == "all" or name.startswith(("activation_subspace", "espace")) for name in named)
+
+
+def _listed(names: Names | Iterable[Recipe]) -> list[str | Recipe]:
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,423 @@
+"""The comparison: equal bytes, figures that hold against the eager model, a cache that can be trusted."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from rich.console import Console
+
+import geofx
+from geofx import compare_fits, recipes
+from geofx.analysis import Analysis
+from geofx.compare_cache import Cache, default_folder, digest
+from geofx.compare_run import compare_analysis
+from geofx.compare_subjects import reads_directions, subjects
+from geofx.comparison import Comparison, Figures, Latency, Row
+from geofx.comparison_figures import draw_chart
+from geofx.comparison_table import comparison_tables
+from geofx.errors import ArtifactCorruptError, ArtifactError, ConfigError
+from geofx.factorizations import GaugeFixed, LowRank
+from geofx.method import Form, Method
+from geofx.region_analysis import RegionAnalysis
+
+BATCHES = [tiny_models.example("mlp", 64, seed=seed) for seed in range(4)]
+BLOCKS = 32 * 64 + 64 * 64 + 64 * 10
+BIASES = 64 + 64 + 10
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return tiny_models.build("mlp")
+
+
+@pytest.fixture(scope="module")
+def analysis(model: torch.nn.Module) -> Analysis:
+    return geofx.analyze(model, BATCHES)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Analysis:
+    batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
+    return geofx.analyze(tiny_models.build("llama"), batches)
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The regions that were fitted, in order."""
+    done: list[str] = []
+    fit = compare_fits.Fits._fit
+
+    def counted(self: Any, key: str, form: Any, analysis: RegionAnalysis) -> Any:
+        done.append(analysis.region.name)
+        return fit(self, key, form, analysis)
+
+    monkeypatch.setattr(compare_fits.Fits, "_fit", counted)
+    return done
+
+
+def run(analysis: Analysis, folder: Path, keep: Any = 0.8, **settings: Any) -> Comparison:
+    settings = {"formats": ["low_rank"], "recipes": "none", "latency": (), **settings}
+    return compare_analysis(analysis, keep, cache=folder, **settings)
+
+
+def row_of(comparison: Comparison, name: str, allocation: str = "uniform", keep: float = 0.8) -> Row:
+    (found,) = (
+        row for row in comparison.rows if (row.name, row.allocation, row.keep) == (name, allocation, keep)
+    )
+    return found
+
+
+def figures_of(*arguments: Any) -> Figures:
+    figures = row_of(*arguments).figures
+    assert figures is not None
+    return figures
+
+
+def test_figures_hold_against_the_eager_model(
+    analysis: Analysis, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Every figure of one row again, from the definitions and the eager modules alone."""
+    figures = figures_of(run(analysis, tmp_path), "low_rank")
+    rebuilt, distance, ranks = copy.deepcopy(model), 0.0, []
+    for name, region in analysis.regions.items():
+        weight = region.weights[name]
+        rank = max(
+            r
+            for r in range(1, min(weight.shape))
+            if r * sum(weight.shape) <= 0.8 * weight.numel() and r % 1 == 0
+        )
+        forms = [form for form in LowRank.candidates(region.region, region) if form.rank <= rank]
+        fitted, factors = forms[-1].fit(region.weights, region)
+        dense = fitted.to_dense(factors)
+        distance += float((weight - dense).abs().sum())
+        ranks.append((forms[-1].rank, weight.shape))
+        rebuilt.get_parameter(name).data.copy_(dense)
+    stored = sum(rank * sum(shape) for rank, shape in ranks)
+    assert (figures.linear_parameters, figures.parameters) == (stored, stored + BIASES)
+    assert figures.size_bytes == 4 * (stored + BIASES)
+    assert figures.flops_per_token == 2 * stored
+    assert figures.compression_ratio == pytest.approx((BLOCKS - stored) / (stored + BIASES))
+    assert figures.parameter_mae == pytest.approx(distance / (BLOCKS + BIASES), rel=1e-5)
+    with torch.no_grad():
+        outputs = [(model(**held), rebuilt(**held)) for held in analysis.holdout]
+    error = sum(float((one - other).square().sum()) for one, other in outputs)
+    power = sum(float(one.square().sum()) for one, _ in outputs)
+    assert figures.loss_increase == pytest.approx(error / power, rel=1e-3)
+    assert row_of(run(analysis, tmp_path), "low_rank").kept == pytest.approx(stored / BLOCKS)
+
+
+def test_uniform_rows_keep_at_most_the_share_and_plans_lose_no_more(
+    analysis: Analysis, tmp_path: Path
+) -> None:
+    made = run(analysis, tmp_path, (0.9, 0.7, 0.5), formats=["low_rank", "gauge_fixed"])
+    assert len(made.rows) == 2 * 2 * 3
+    for name in ("low_rank", "gauge_fixed"):
+        for keep in (0.9, 0.7, 0.5):
+            uniform, planned = (row_of(made, name, allocation, keep) for allocation in ("uniform", "planned"))
+            assert uniform.figures
+            assert planned.figures
+            assert uniform.rewritten == 3
+            assert 0.8 * keep < (uniform.kept or 0.0) <= keep
+            assert (planned.kept or 1.0) <= keep
+            assert planned.figures.predicted_loss <= uniform.figures.predicted_loss * (1 + 1e-6)
+    losses = [figures_of(made, "low_rank", "uniform", keep).predicted_loss for keep in (0.9, 0.7, 0.5)]
+    assert losses == sorted(losses)
+
+
+def test_a_plan_draws_on_the_settings_fitted_at_every_share(analysis: Analysis, tmp_path: Path) -> None:
+    """A format without closed form is fitted at the given shares only, and mixes those."""
+    made = run(analysis, tmp_path, (0.9, 0.7, 0.5), formats=["monarch"])
+    for keep in (0.9, 0.7, 0.5):
+        uniform, planned = (figures_of(made, "monarch", kind, keep) for kind in ("uniform", "planned"))
+        assert planned.predicted_loss <= uniform.predicted_loss * (1 + 1e-9)
+
+
+def test_what_was_done_is_not_done_again(analysis: Analysis, tmp_path: Path, fits: list[str]) -> None:
+    first = run(analysis, tmp_path, formats=["low_rank", "gauge_fixed"])
+    assert len(fits) >= 6
+    assert not list(tmp_path.glob("*.safetensors"))
+    fits.clear()
+    assert run(analysis, tmp_path, formats=["low_rank", "gauge_fixed"]).rows == first.rows
+    assert fits == []
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    analysis: Analysis, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(analysis, tmp_path / "whole", formats=["low_rank", "gauge_fixed"])
+    expected = len(fits)
+    fits.clear()
+    fit, broken = GaugeFixed.fit, list(analysis.regions)[1]
+
+    def killed(self: GaugeFixed, weights: Any, region: RegionAnalysis) -> Any:
+        if region.region.name == broken:
+            raise KeyboardInterrupt
+        return fit(self, weights, region)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GaugeFixed, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(analysis, tmp_path / "parts", formats=["low_rank", "gauge_fixed"])
+    resumed = run(analysis, tmp_path / "parts", formats=["low_rank", "gauge_fixed"])
+    assert len(fits) == expected + 1
+    for before, after in zip(whole.rows, resumed.rows, strict=True):
+        assert before.figures
+        assert after.figures
+        assert before.figures.loss_increase == after.figures.loss_increase
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "not JSON", "empty"])
+def test_damaged_entries_are_computed_again(
+    analysis: Analysis, tmp_path: Path, fits: list[str], damage: str
+) -> None:
+    first = run(analysis, tmp_path)
+    for file in tmp_path.glob("*.json"):
+        text = file.read_text()
+        file.write_text(
+            {"cut": text[:-40], "changed": text.replace("0.", "1."), "not JSON": "{", "empty": ""}[damage]
+        )
+    fits.clear()
+    again = run(analysis, tmp_path)
+    assert len(fits) >= 3
+    assert [row.kept for row in again.rows] == [row.kept for row in first.rows]
+    assert figures_of(again, "low_rank").loss_increase == figures_of(first, "low_rank").loss_increase
+
+
+def test_factors_that_are_damaged_or_gone_are_fitted_again(tmp_path: Path) -> None:
+    cache, key = Cache(tmp_path), digest("a key")
+    cache.write(key, {"loss": 1.5}, {"left": torch.arange(6.0).reshape(2, 3), "index": torch.arange(2)})
+    found = cache.read_tensors(key)
+    assert found is not None
+    assert torch.equal(found["left"], torch.arange(6.0).reshape(2, 3))
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    assert cache.read_tensors(key) is None
+    cache.drop_tensors([key])
+    assert (cache.read_tensors(key), cache.read(key)) == (None, {"loss": 1.5})
+    assert cache.read(digest("another")) is None
+
+
+def test_other_data_or_other_weights_share_nothing(
+    analysis: Analysis, tmp_path: Path, fits: list[str]
+) -> None:
+    run(analysis, tmp_path)
+    fits.clear()
+    other = geofx.analyze(tiny_models.build("mlp", seed=1), BATCHES)
+    run(other, tmp_path)
+    assert len(fits) >= 3
+    fits.clear()
+    run(geofx.analyze(tiny_models.build("mlp"), [tiny_models.example("mlp", 64, seed=9)] * 3), tmp_path)
+    assert len(fits) >= 3
+
+
+def test_a_saved_analysis_finds_what_was_done(
+    analysis: Analysis, model: torch.nn.Module, tmp_path: Path, fits: list[str]
+) -> None:
+    first = run(analysis, tmp_path / "cache")
+    analysis.save(tmp_path / "analysis")
+    fits.clear()
+    assert run(geofx.load_analysis(tmp_path / "analysis", model), tmp_path / "cache").rows == first.rows
+    assert fits == []
+
+
+def test_equal_fits_are_measured_once(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = recipes.Recipe("twin", (Form("low_rank"),), paper=recipes.svd().paper, differs="Nothing.")
+    finished: list[object] = []
+    finish = analysis.finish
+    monkeypatch.setattr(analysis, "finish", lambda *given: finished.append(given) or finish(*given))
+    made = run(analysis, tmp_path, recipes=[twin])
+    assert len(finished) == 2
+    assert row_of(made, "twin").figures == row_of(made, "low_rank").figures
+
+
+def test_a_region_that_cannot_be_fitted_stays_dense_with_a_reason(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, broken = LowRank.fit, list(analysis.regions)[1]
+
+    def failing(self: LowRank, weights: Any, region: RegionAnalysis) -> Any:
+        if region.region.name == broken:
+            raise RuntimeError("this one\nis difficult")
+        return fit(self, weights, region)
+
+    monkeypatch.setattr(LowRank, "fit", failing)
+    made = run(analysis, tmp_path, formats=["low_rank", "gauge_fixed"])
+    row, others = row_of(made, "low_rank"), row_of(made, "gauge_fixed")
+    assert row.notes == ("1 x RuntimeError: this one is difficult",)
+    assert (row.rewritten, others.rewritten, others.notes) == (2, 3, ())
+    planned = row_of(made, "low_rank", "planned")
+    assert planned.figures is None or planned.rewritten <= 2
+    assert planned.notes
+
+
+def test_methods_that_have_no_model_say_why(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("by design")
+
+    monkeypatch.setattr(GaugeFixed, "candidates", broken)
+    chosen = ["tt_embedding", "basis_sharing", "svd"]
+    made = run(analysis, tmp_path, 0.01, formats=["gauge_fixed"], recipes=chosen)
+    assert all(row.figures is None for row in made.rows)
+    reasons = {row.name: row.notes for row in made.rows}
+    assert "3 x ZeroDivisionError: by design" in reasons["gauge_fixed"]
+    assert "the model has no embedding" in reasons["tt_embedding"][0]
+    assert "the model has no stack" in reasons["basis_sharing"][0]
+    assert reasons["svd"] == ("3 x no setting within 1% of the weight",)
+
+
+def test_an_embedding_is_compared_on_its_own(decoder: Analysis, tmp_path: Path) -> None:
+    made = run(decoder, tmp_path)
+    table, blocks = row_of(made, "low_rank/embedding"), row_of(made, "low_rank")
+    assert (table.scope, table.rewritten, blocks.scope, blocks.rewritten) == ("embedding", 1, "blocks", 14)
+    assert table.figures
+    assert blocks.figures
+    dense = 128 * 64
+    saved = made.original.parameters - table.figures.parameters
+    assert table.figures.linear_parameters == dense - saved
+    assert table.kept == pytest.approx(1 - saved / dense)
+    assert (table.figures.kl or -1.0) >= 0.0
+    assert 0.0 <= (table.figures.top1_agreement or -1.0) <= 1.0
+
+
+def test_regions_of_several_weights_are_rewritten_once(decoder: Analysis, tmp_path: Path) -> None:
+    """q, k, v together and gate, up together: 2 + 2 regions, and o and down alone."""
+    row = row_of(run(decoder, tmp_path), "low_rank/shared_input")
+    assert row.rewritten == 2 * (1 + 1) + 2 * 2
+    assert 0.7 < (row.kept or 0.0) <= 0.8
+
+
+def test_latency_is_timed_in_turns_with_the_original(analysis: Analysis, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    timed = run(analysis, tmp_path, latency=("torch", "onnx"), rounds=2)
+    found = figures_of(timed, "low_rank").latency
+    assert set(found) == {"torch", "onnx"}
+    assert all(item.seconds > 0.0 and item.ratio == item.seconds / item.original_s for item in found.values())
+    assert run(analysis, tmp_path, latency=("torch",), rounds=2).rows == timed.rows
+
+
+def test_python_front_door_compares_and_draws(model: torch.nn.Module, tmp_path: Path) -> None:
+    made = geofx.compare(
+        model, BATCHES, [0.8, 0.5], formats=["low_rank"], recipes=["svd"], cache=tmp_path, rounds=1
+    )
+    assert [row.name for row in made.rows] == ["low_rank"] * 4 + ["svd"] * 2
+    assert made.methods["svd"]["paper"]["year"] == 2020
+    assert Comparison.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
+    for suffix in (".svg", ".png"):
+        draw_chart(made, tmp_path / f"chart{suffix}")
+    assert "low_rank*" in (tmp_path / "chart.svg").read_text()
+    with pytest.raises(ConfigError, match="not a chart file"):
+        draw_chart(made, tmp_path / "chart.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 1.0}, "a share of 1.0"),
+        ({"keep": []}, "no share"),
+        ({"formats": ["low_rang"]}, "the nearest are 'low_rank'"),
+        ({"recipes": ["svd_lm"]}, "the nearest are 'svd_llm'"),
+        ({"latency": ["tensorrt"]}, "no engine 'tensorrt'"),
+    ],
+)
+def test_wrong_settings_are_refused_before_work(
+    analysis: Analysis, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(analysis, tmp_path, **settings)
+
+
+def test_every_format_has_a_subject_for_each_kind_of_region(decoder: Analysis) -> None:
+    found = subjects("all", "none", decoder.regions)
+    names = [subject.method.name for subject in found]
+    assert {"low_rank", "low_rank/shared_input", "low_rank/embedding", "gauge_fixed"} <= set(names)
+    assert len(names) == len(set(names))
+    assert "dense" not in names
+    assert len(subjects("none", "all", decoder.regions)) == len(recipes.all())
+    assert reads_directions("all", "none")
+    assert reads_directions(["low_rank"], [recipes.espace("nmse")])
+    assert not reads_directions(["low_rank"], ["svd"])
+
+
+def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "geofx" / "compare"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="--cache"):
+        Cache(tmp_path / "file" / "below")
+
+
+def test_comparisons_that_are_none_are_refused() -> None:
+    with pytest.raises(ArtifactCorruptError, match="not a comparison: model"):
+        Comparison.from_json("{}")
+
+
+TABLE = """\
+tiny
+1.0 MB, 500.0 k flops per token, loss 2.0000 on 100 tokens
+Losses in nats per token.
+blocks: 80.0 % kept; what is lost
+┏━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━┓
+┃ method    ┃   kept ┃    CR ┃     FDL ┃ predicted ┃ measured ┃     KL ┃  top-1 ┃
+┡━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━┩
+│ low_rank* │ 79.0 % │ 0.250 │ 2.0e-03 │    0.1000 │   0.1200 │ 0.1100 │ 91.0 % │
+└───────────┴────────┴───────┴─────────┴───────────┴──────────┴────────┴────────┘
+blocks: 80.0 % kept; what it costs
+┏━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┓
+┃ method    ┃   kept ┃    bytes ┃ numbers ┃ linear ┃   flops ┃         torch ┃ ONNX Runtime ┃   fit ┃
+┡━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━┩
+│ low_rank* │ 79.0 % │ 800.0 kB │ 200.0 k │ 90.0 k │ 400.0 k │ 9.0 ms (0.90) │            – │ 1.5 s │
+└───────────┴────────┴──────────┴─────────┴────────┴─────────┴───────────────┴──────────────┴───────┘
+* allocated by the planner, the others the same share of every region
+Note: 2 x too small: cp 0.8
+"""
+
+
+def test_the_table_as_a_whole() -> None:
+    original = Figures(1_000_000, 250_000, 120_000, 500_000.0, loss=2.0)
+    figures = Figures(
+        800_000,
+        200_000,
+        90_000,
+        400_000.0,
+        compression_ratio=0.25,
+        parameter_mae=0.002,
+        predicted_loss=0.1,
+        loss_increase=0.12,
+        loss=2.12,
+        kl=0.11,
+        top1_agreement=0.91,
+        fit_s=1.5,
+        latency={"torch": Latency(0.009, 0.01)},
+    )
+    rows = (
+        Row("low_rank", "format", "planned", "blocks", 0.8, 0.79, 3, figures),
+        Row("cp", "format", "uniform", "blocks", 0.8, notes=("2 x too small",)),
+    )
+    made = Comparison("tiny\x1b", original, "nats per token", 100, 1000, rows)
+    console = Console(width=110, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(*comparison_tables(made), sep="\n")
+    shown = capture.get().replace("�", "").splitlines()
+    assert [line.rstrip() for line in shown if line.strip()] == TABLE.splitlines()
+
+
+def test_a_method_of_ones_own_can_be_compared(analysis: Analysis, tmp_path: Path) -> None:
+    assert Method("m", (Form("low_rank"),)).allocation == "uniform"
+    mine = recipes.Recipe(
+        "mine", (Form.of("low_rank", weighting="none"),), paper=recipes.svd().paper, differs="All."
+    )
+    made = run(analysis, tmp_path, formats="none", recipes=[mine, "svd"])
+    assert row_of(made, "mine").figures == row_of(made, "svd").figures
