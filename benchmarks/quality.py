@@ -18,6 +18,7 @@ from pathlib import Path
 
 import geofx
 from geofx.factorizations import Dense, GaugeFixed, LowRank
+from geofx.region import TABLES
 from geofx.sources import load_source
 from geofx.text import windows
 
@@ -77,9 +78,11 @@ def uniform(weighting: str):
     """The same share of every matrix, as truncated SVD and SVD-LLM do."""
 
     def plan(analysis: geofx.Analysis, keep: float) -> geofx.Plan:
-        dense = analysis.plan(geofx.Budget(parameters=1.0, scope="factorizable"))
+        dense = analysis.plan(geofx.Budget(parameters=1.0, scope="factorizable"), ignore=tables(analysis))
         ranks = {}
         for choice in dense.choices:
+            if choice.kind in TABLES:
+                continue
             rows, columns = choice.shapes[0]
             ranks[choice.region] = LowRank(max(1, int(keep * rows * columns / (rows + columns))), weighting)
         return dense.edit(ranks)
@@ -87,11 +90,17 @@ def uniform(weighting: str):
     return plan
 
 
+def tables(analysis: geofx.Analysis) -> list[str]:
+    """Embeddings stay dense: the shares are of the blocks."""
+    return [name for name, item in analysis.regions.items() if item.region.kind in TABLES]
+
+
 def planned(*formats):
     """Formats and ranks by the exact planner, dense among them."""
 
     def plan(analysis: geofx.Analysis, keep: float) -> geofx.Plan:
-        return analysis.plan(geofx.Budget(parameters=keep, scope="factorizable"), formats=formats)
+        budget = geofx.Budget(parameters=keep, scope="factorizable")
+        return analysis.plan(budget, formats=formats, ignore=tables(analysis))
 
     return plan
 

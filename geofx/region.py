@@ -10,6 +10,8 @@ from geofx.site import Site
 RegionKind = Literal[
     "single", "shared_input", "gated_mlp", "value_output", "stack", "embedding", "tied_embedding"
 ]
+TABLES: frozenset[RegionKind] = frozenset({"embedding", "tied_embedding"})
+"""Kinds whose weight is looked up."""
 OWN: frozenset[RegionKind] = frozenset({"single", "embedding", "tied_embedding"})
 """Kinds that hold one site and are its own region: where it may stay dense."""
 

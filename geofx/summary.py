@@ -16,6 +16,7 @@ from geofx.choice import Choice
 from geofx.moments import Moments
 from geofx.plan import Plan
 from geofx.program import Program
+from geofx.region import TABLES
 from geofx.region_analysis import RegionAnalysis
 from geofx.report import CalibrationCard, Measured, RegionRow, Report
 from geofx.site import Skip
@@ -42,8 +43,7 @@ class Analysed(Protocol):
 
 def summarize(analysis: Analysed, plan: Plan, program: Program, fidelity: Fidelity | None) -> Report:
     """Original against optimized: bytes, parameters, flops, losses, and a row per region."""
-    linear = sum(choice.parameters for choice in plan.choices)
-    dense_linear = sum(choice.dense_parameters for choice in plan.choices)
+    linear = [choice for choice in plan.choices if choice.kind not in TABLES]
     moments = analysis.moments
     return Report(
         model=type(analysis.module).__name__ if analysis.module is not None else "exported program",
@@ -52,14 +52,14 @@ def summarize(analysis: Analysed, plan: Plan, program: Program, fidelity: Fideli
         original=Measured(
             size_bytes=analysis.original.size_bytes(),
             parameters=analysis.original.parameter_count(),
-            linear_parameters=dense_linear,
+            linear_parameters=sum(choice.dense_parameters for choice in linear),
             flops_per_token=plan.dense.flops,
             loss=fidelity.loss_original if fidelity else None,
         ),
         optimized=Measured(
             size_bytes=program.size_bytes(),
             parameters=program.parameter_count(),
-            linear_parameters=linear,
+            linear_parameters=sum(choice.parameters for choice in linear),
             flops_per_token=plan.predicted.flops,
             loss=fidelity.loss_optimized if fidelity else None,
         ),
