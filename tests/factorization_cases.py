@@ -13,12 +13,14 @@ from geofx.factorizations import (
     Dense,
     Factorization,
     GaugeFixed,
+    GroupReduce,
     Kronecker,
     LowRank,
     Monarch,
     SharedBasis,
     SharedWeight,
     TensorTrain,
+    TokenMPS,
 )
 from geofx.region import RegionKind
 
@@ -167,3 +169,44 @@ CASES["tensor_train-tied_embedding"] = Case(
     "tied_embedding",
     flops=_LOOKUP + 2 * (10 * 3 * 3 * 2 + 5 * (8 * 3) * (2 * 3) * 3 + 3 * (5 * 8) * 9),
 )
+
+_BLOCKS = (10, 14)
+_RANKS = 2 * 18 * 20
+CASES["group_reduce"] = Case(
+    GroupReduce(_BLOCKS, (4, 2)), GroupReduce(_BLOCKS, (9, 9)), _rank(9), 1e-6, "embedding", flops=_RANKS
+)
+CASES["group_reduce-tied_embedding"] = Case(
+    GroupReduce(_BLOCKS, (4, 2)),
+    GroupReduce(_BLOCKS, (9, 9)),
+    _rank(9),
+    1e-6,
+    "tied_embedding",
+    flops=2 * _RANKS + 2 * 9 * 24,
+)
+CASES["group_reduce-exchanges"] = Case(
+    GroupReduce(_BLOCKS, (4, 2), 2),
+    GroupReduce(_BLOCKS, (9, 9), 2),
+    _rank(9),
+    1e-6,
+    "embedding",
+    flops=_RANKS,
+)
+
+
+def _states() -> Tensor:
+    """Rows of 20 that, padded to 32, are products of cores with modes 4, 2, 4 and bonds 2."""
+    cores = random(24, 4, 2, seed=1), random(24, 2, 2, 2, seed=2), random(24, 2, 4, seed=3)
+    cores[0][:, 2:] = 0.0
+    return torch.einsum("vap,vpbq,vqc->vabc", *cores).reshape(24, 32)[:, :20].clone()
+
+
+for _weighting in ("two_sided", "none"):
+    CASES[f"token_mps{'' if _weighting == 'two_sided' else '-none'}"] = Case(
+        TokenMPS(20, 1, _weighting),
+        TokenMPS(20, 2, _weighting),
+        (_states(),),
+        1e-6,
+        "embedding",
+        flops=2 * (4 * 2 * 4 + 8 * 2 * 4),
+        applies=False,
+    )

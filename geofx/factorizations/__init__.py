@@ -14,12 +14,14 @@ from geofx.factorizations.block_tensor_train import BlockTensorTrain
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
+from geofx.factorizations.group_reduce import GroupReduce
 from geofx.factorizations.kronecker import Kronecker
 from geofx.factorizations.low_rank import LowRank
 from geofx.factorizations.monarch import Monarch
 from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
 from geofx.factorizations.tensor_train import TensorTrain
+from geofx.factorizations.token_mps import TokenMPS
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Dense,
@@ -32,6 +34,8 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Kronecker,
     Monarch,
     TensorTrain,
+    GroupReduce,
+    TokenMPS,
 )
 
 __all__ = [
@@ -45,11 +49,13 @@ __all__ = [
     "Factorization",
     "Factors",
     "GaugeFixed",
+    "GroupReduce",
     "Lookup",
     "LowRank",
     "SharedBasis",
     "SharedWeight",
     "TensorTrain",
+    "TokenMPS",
     "factor_name",
     "from_json",
     "to_json",
