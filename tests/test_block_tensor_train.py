@@ -9,7 +9,7 @@ import pytest
 import tensorly
 import torch
 from factorization_cases import random
-from onnx_probe import outputs_of
+from format_probe import outputs_of
 from tensorly.decomposition import tensor_train
 from test_factorizations import analysis_of, random_weight
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_probe import outputs_of
+from factorization_cases import random
+from format_probe import curvature, outputs_of
 from test_factorizations import analysis_of, random_weight
 from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import factored_loss
-from geofx.factorizations.kronecker import Kronecker
+from geofx.factorizations.kronecker import Kronecker, _inverse, _sides
 from geofx.region_analysis import Metric
 
 ROWS, COLUMNS = (6, 4), (5, 4)
@@ -60,6 +61,18 @@ def test_a_separable_metric_is_met_in_closed_form(rows: tuple[int, int], columns
     assert Kronecker(1, rows, columns).predicted_loss(analysis.region, analysis) == pytest.approx(
         float(tail), rel=1e-8, abs=1e-10
     )
+
+
+@pytest.mark.parametrize("name", ["left", "right"])
+def test_the_preconditioner_is_the_inverse_where_the_metric_is_separable(name: str) -> None:
+    parts = [part @ part.T + torch.eye(len(part)) for part in map(_square, (6, 4, 5, 4), range(4))]
+    metric = Metric(torch.kron(parts[2], parts[3]), torch.kron(parts[0], parts[1]))
+    form = Kronecker(3, ROWS, COLUMNS)
+    factors = {"left": random(6, 3, 5, seed=1), "right": random(3, 4, 4, seed=2)}
+    slope = random(*factors[name].shape, seed=3)
+    found = _inverse(_sides(metric, ROWS, COLUMNS), name, factors)(slope)
+    curved = curvature(form.to_dense, factors, name, metric, found)
+    torch.testing.assert_close(curved / curved.norm(), slope / slope.norm(), rtol=1e-4, atol=1e-4)
 
 
 def _square(size: int, seed: int) -> Tensor:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_probe import outputs_of
+from factorization_cases import random
+from format_probe import curvature, outputs_of
 from test_factorizations import analysis_of, random_weight
 from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.factorizations.block_tensor_train import BlockTensorTrain
+from geofx.factorizations.blocks import _block_inverse
 from geofx.factorizations.contract import factored_loss
 from geofx.factorizations.monarch import Monarch
 from geofx.region_analysis import Metric
@@ -69,6 +71,19 @@ def test_a_metric_of_diagonal_blocks_is_met_in_closed_form() -> None:
     )
     analysis = analysis_of(weight, metric=metric)
     assert Monarch(2, 4).predicted_loss(analysis.region, analysis) == pytest.approx(tails, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["left", "right"])
+def test_the_preconditioner_is_the_inverse_where_the_moment_joins_no_two_blocks(name: str) -> None:
+    whole = analysis_of(random_weight(torch.float64)).metric
+    apart = torch.arange(24)[:, None] % 4 == torch.arange(24) % 4, torch.eye(4).repeat_interleave(5, 0)
+    outputs = whole.output * apart[0] if name == "left" else whole.output
+    inputs = whole.input * (apart[1] @ apart[1].T > 0) if name == "right" else whole.input
+    factors = {"left": random(4, 6, 8, seed=1), "right": random(4, 8, 5, seed=2)}
+    slope = random(*factors[name].shape, seed=3)
+    found = _block_inverse(outputs, inputs, (6, 4), (4, 5))(name, factors)(slope)
+    curved = curvature(Monarch(2, 4).to_dense, factors, name, Metric(inputs, outputs), found)
+    torch.testing.assert_close(curved, slope, rtol=1e-3, atol=1e-3)
 
 
 def test_a_singular_moment_costs_the_weighted_start_only() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors
-from geofx.factorizations.refine import Dense, refine
+from geofx.factorizations.refine import Dense, Operator, Preconditioner, refine
 from geofx.linalg import eigh_psd, require_finite
 from geofx.region import Region
 from geofx.region_analysis import RegionAnalysis
@@ -80,26 +80,42 @@ def _leading_axes(gram: Tensor, rank: int) -> Tensor:
     return vectors[..., :rank]
 
 
-def whole(moment: Tensor) -> Tensor:
-    """A moment as a matrix, where it was given by its diagonal."""
-    return moment.diag() if moment.dim() == 1 else moment
-
-
-def diagonal_blocks(moment: Tensor | None, fold: Fold, along: int) -> Tensor | None:
-    """Diagonal blocks of a moment whose index is folded, one for each value of part ``along`` (0 or 1)."""
+def whole(moment: Tensor | None, size: int) -> Tensor:
+    """A moment as a matrix (size, size) of float64, where it was given by its diagonal or as the identity."""
     if moment is None:
-        return None
-    return whole(moment).reshape(*fold, *fold).diagonal(0, along, along + 2).movedim(-1, 0)
+        return torch.eye(size, dtype=torch.float64)
+    return (moment.diag() if moment.dim() == 1 else moment).double()
 
 
-def refine_best(dense: Dense, starts: Sequence[Factors], analysis: RegionAnalysis) -> dict[str, Tensor]:
+def diagonal_blocks(matrix: Tensor, fold: Fold, along: int) -> Tensor:
+    """Diagonal blocks of a matrix whose index is folded, one for each value of part ``along`` (0 or 1)."""
+    return matrix.reshape(*fold, *fold).diagonal(0, along, along + 2).movedim(-1, 0)
+
+
+def inverses(batch: Tensor) -> Tensor:
+    """Inverses of positive semidefinite matrices (..., n, n), finite by a ridge of 1e-6 of their size."""
+    wide = ((batch + batch.mT) / 2).double()
+    level = wide.diagonal(0, -2, -1).mean(-1)
+    ridge = 1e-6 * torch.maximum(level, level.mean()).clamp_min(1e-30)[..., None, None]
+    eye = torch.eye(batch.shape[-1], dtype=torch.float64)
+    root, info = torch.linalg.cholesky_ex(wide + ridge * eye)
+    return torch.where(info[..., None, None] == 0, torch.cholesky_inverse(root), 1e-6 / ridge * eye).to(batch)
+
+
+def refine_best(
+    dense: Dense,
+    starts: Sequence[Factors],
+    analysis: RegionAnalysis,
+    inverse: Preconditioner,
+    **counts: int,
+) -> dict[str, Tensor]:
     """The best of ``starts`` in the loss-weighted metric, refined in it; in the weight's dtype.
 
     Raises:
         NumericsError: a factor is not finite in that dtype.
     """
     weight, metric = analysis.weight, analysis.metric
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(weight)
     target = weight.to(dtype)
 
     def loss(factors: Factors) -> float:
@@ -107,10 +123,15 @@ def refine_best(dense: Dense, starts: Sequence[Factors], analysis: RegionAnalysi
         return float((change * metric.gradient(change)).sum())
 
     typed = [{name: part.to(dtype) for name, part in start.items()} for start in starts]
-    refined = refine(dense, min(typed, key=loss), target, metric.gradient)
+    refined = refine(dense, min(typed, key=loss), target, metric.gradient, inverse=inverse, **counts)
     return {
         name: require_finite(part.to(weight), f"factor {name}").contiguous() for name, part in refined.items()
     }
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for weights of it, float32 for all others."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def fit_blocks(rank: int, rows: Fold, columns: Fold, analysis: RegionAnalysis) -> dict[str, Tensor]:
@@ -120,24 +141,45 @@ def fit_blocks(rank: int, rows: Fold, columns: Fold, analysis: RegionAnalysis) -
     weighted by the diagonal blocks of G and A at its outputs and inputs.
     """
     blocks = to_blocks(require_finite(analysis.weight, analysis.region.name), rows, columns)
-    outputs = diagonal_blocks(analysis.metric.output, rows, 1)
-    inputs = diagonal_blocks(analysis.metric.input, columns, 0)
-    pairs = (
-        truncate_blocks(blocks, rank),
-        truncate_blocks(blocks, rank, outputs if outputs is None else outputs[:, None], inputs),
-    )
+    metric, (out, width) = analysis.metric, analysis.region.shape
+    outputs, inputs = whole(metric.output, out), whole(metric.input, width)
+    weighting = diagonal_blocks(outputs, rows, 1)[:, None], diagonal_blocks(inputs, columns, 0)
     starts = [
         {"left": left.transpose(1, 2).flatten(2), "right": right.transpose(0, 1).flatten(1, 2)}
-        for left, right in pairs
+        for left, right in (truncate_blocks(blocks, rank), truncate_blocks(blocks, rank, *weighting))
     ]
-    return refine_best(lambda factors: compose(factors["left"], factors["right"]), starts, analysis)
+    dtype = working_dtype(analysis.weight)
+    inverse = _block_inverse(outputs.to(dtype), inputs.to(dtype), rows, columns)
+    return refine_best(lambda factors: compose(factors["left"], factors["right"]), starts, analysis, inverse)
+
+
+def _block_inverse(outputs: Tensor, inputs: Tensor, rows: Fold, columns: Fold) -> Preconditioner:
+    """Exact where G (for ``right``, A) joins no two blocks: inverses of its blocks and of the bond's Gram."""
+    across = inverses(diagonal_blocks(outputs, rows, 1)), inverses(diagonal_blocks(inputs, columns, 0))
+    outer, inner = outputs.reshape(*rows, *rows), inputs.reshape(*columns, *columns)
+
+    def inverse(name: str, factors: Factors) -> Operator:
+        left, right = _cores(factors["left"], factors["right"])
+        if name == "left":
+            gram = torch.einsum("cbsd,cdef,ebtf->bcset", right, inner, right)
+            bond = inverses(gram.flatten(3).flatten(1, 2))
+            return lambda slope: across[0] @ slope @ bond
+        gram = torch.einsum("bacs,abef,fect->cbsft", left, outer, left)
+        bond = inverses(gram.flatten(3).flatten(1, 2))
+        return lambda slope: bond @ slope @ across[1]
+
+    return inverse
 
 
 def compose(left: Tensor, right: Tensor) -> Tensor:
     """(m1 m2, n1 n2): W[α m2 + β, γ n2 + δ] = Σ_σ left[β, α, γ r + σ] · right[γ, β r + σ, δ]."""
+    return torch.einsum("bacs,cbsd->abcd", *_cores(left, right)).flatten(2).flatten(0, 1)
+
+
+def _cores(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (m2, m1, n1, r) and (n1, m2, r, n2) of the two factors."""
     (m2, m1, _), (n1, _, n2) = left.shape, right.shape
-    blocks = torch.einsum("bacs,cbsd->abcd", left.reshape(m2, m1, n1, -1), right.reshape(n1, m2, -1, n2))
-    return blocks.reshape(m1 * m2, n1 * n2)
+    return left.reshape(m2, m1, n1, -1), right.reshape(n1, m2, -1, n2)
 
 
 def multiply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

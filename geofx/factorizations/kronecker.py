@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import partial
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.blocks import Fold, refine_best, require_fold, truncate_blocks, whole
+from geofx.factorizations.blocks import Fold, inverses, refine_best, require_fold, truncate_blocks, whole
 from geofx.factorizations.contract import Factors, measured_loss, rank_grid, require_rank
 from geofx.factorizations.folds import fold
+from geofx.factorizations.refine import Operator
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite, root_and_inverse
 from geofx.region import Region, RegionKind
-from geofx.region_analysis import RegionAnalysis, Weights
+from geofx.region_analysis import Metric, RegionAnalysis, Weights
 
-Parts = tuple[Tensor, Tensor]
+SWEEPS, STEPS = 1, 8
+"""One long update per factor: the terms are many, and overlap more than blocks do."""
+
+
+class _Side(NamedTuple):
+    """Roots and inverse roots of G_i and A_i, the moments that one of the two factors meets."""
+
+    outputs: tuple[Tensor, Tensor]
+    inputs: tuple[Tensor, Tensor]
+
+    def lift(self, matrices: Tensor) -> Tensor:
+        """G^{1/2} M A^{1/2} for every matrix of a batch."""
+        return self.outputs[0].to(matrices) @ matrices @ self.inputs[0].to(matrices)
+
+    def drop(self, matrices: Tensor) -> Tensor:
+        """G^{-1/2} M A^{-1/2}."""
+        return self.outputs[1].to(matrices) @ matrices @ self.inputs[1].to(matrices)
 
 
 @dataclass(frozen=True)
@@ -66,29 +84,24 @@ class Kronecker:
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The better of two truncations of the rearranged weight, then A and B in turn moved in the metric.
 
-        One is unweighted; the other is optimal for the metric (G₁ ⊗ G₂) ΔW (A₁ ⊗ A₂), of which the four are
-        the partial traces of G and A.
+        One is unweighted; the other is optimal for the separable metric that has G's and A's partial traces.
         """
         region, metric = analysis.region, analysis.metric
         self.factor_shapes(region)
         weight = require_finite(analysis.weight, region.name)
-        weighted = _parts(metric.output, self.rows), _parts(metric.input, self.columns)
-        plain = _parts(None, self.rows), _parts(None, self.columns)
-        starts = [self._truncation(weight, *parts) for parts in (plain, weighted)]
-        return self, refine_best(self.to_dense, starts, analysis)
+        plain, weighted = (_sides(given, self.rows, self.columns) for given in (Metric(), metric))
+        starts = [self._truncation(weight, *sides) for sides in (plain, weighted)]
+        inverse = partial(_inverse, weighted)
+        return self, refine_best(self.to_dense, starts, analysis, inverse, sweeps=SWEEPS, steps=STEPS)
 
-    def _truncation(self, weight: Tensor, outputs: Parts, inputs: Parts) -> Factors:
-        """Van Loan and Pitsianis' optimum in the separable metric, whose parts' roots are taken out again."""
+    def _truncation(self, weight: Tensor, first: _Side, second: _Side) -> Factors:
+        """Van Loan and Pitsianis' optimum in the separable metric, whose roots are taken out again."""
         (m1, m2), (n1, n2) = self.rows, self.columns
-        (g1, h1), (g2, h2) = (root_and_inverse(part, "partial trace of an output moment") for part in outputs)
-        (a1, b1), (a2, b2) = (root_and_inverse(part, "partial trace of an input moment") for part in inputs)
-        folded = weight.double().reshape(m1, m2, n1, n2)
-        lifted = torch.einsum("abcd,ea,fb,gc,hd->egfh", folded, g1, g2, a1, a2).reshape(m1 * n1, m2 * n2)
-        left, right = truncate_blocks(lifted, self.terms)
-        return {
-            "left": torch.einsum("egk,ea,gc->akc", left.reshape(m1, n1, -1), h1, b1),
-            "right": torch.einsum("kfh,fb,hd->kbd", right.reshape(-1, m2, n2), h2, b2),
-        }
+        folded = weight.double().reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)
+        lifted = first.lift(second.lift(folded).permute(2, 3, 0, 1)).permute(2, 3, 0, 1)
+        left, right = truncate_blocks(lifted.reshape(m1 * n1, m2 * n2), self.terms)
+        terms = first.drop(left.T.reshape(-1, m1, n1)), second.drop(right.reshape(-1, m2, n2))
+        return {"left": terms[0].transpose(0, 1), "right": terms[1]}
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """Y = Σ_k A_k X B_kᵀ with x and y folded to X (n1, n2) and Y (m1, m2)."""
@@ -115,8 +128,29 @@ class Kronecker:
         return GeometricForm(spaces, steps)
 
 
-def _parts(moment: Tensor | None, fold: Fold) -> Parts:
-    """Partial traces of a moment over either index of its fold: the factors of the nearest separable one."""
-    matrix = torch.eye(fold[0] * fold[1], dtype=torch.float64) if moment is None else whole(moment)
-    folded = matrix.reshape(*fold, *fold)
-    return torch.einsum("abcb->ac", folded), torch.einsum("abac->bc", folded)
+def _sides(metric: Metric, rows: Fold, columns: Fold) -> tuple[_Side, _Side]:
+    """The separable metric (G₁ ⊗ G₂) ΔW (A₁ ⊗ A₂) of the partial traces of G and A, as its two sides."""
+    first, second = zip(_roots(metric.output, rows), _roots(metric.input, columns), strict=True)
+    return _Side(*first), _Side(*second)
+
+
+def _roots(moment: Tensor | None, parts: Fold) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    folded = whole(moment, parts[0] * parts[1]).reshape(*parts, *parts)
+    traces = torch.einsum("abcb->ac", folded), torch.einsum("abac->bc", folded)
+    first, second = (root_and_inverse(trace, "partial trace of a moment") for trace in traces)
+    return first, second
+
+
+def _inverse(sides: tuple[_Side, _Side], name: str, factors: Factors) -> Operator:
+    """The exact inverse where the metric is separable: that of both moments and of the terms' Gram matrix."""
+    parts = factors["left"].transpose(0, 1), factors["right"]
+    (own, other), fixed = (sides, parts[1]) if name == "left" else (sides[::-1], parts[0])
+    lifted = other.lift(fixed).flatten(1)
+    bond = inverses(lifted @ lifted.T)
+
+    def inverse(slope: Tensor) -> Tensor:
+        terms = slope.transpose(0, 1) if name == "left" else slope
+        solved = (bond @ own.drop(own.drop(terms)).flatten(1)).reshape(terms.shape)
+        return solved.transpose(0, 1) if name == "left" else solved
+
+    return inverse

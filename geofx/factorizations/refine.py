@@ -11,6 +11,7 @@ from geofx.factorizations.contract import Factors
 
 Dense = Callable[[Factors], Tensor]
 Operator = Callable[[Tensor], Tensor]
+Preconditioner = Callable[[str, Factors], Operator]
 
 SWEEPS = 2
 """Times that every factor is updated."""
@@ -26,6 +27,7 @@ def refine(
     gradient: Operator,
     sweeps: int = SWEEPS,
     steps: int = STEPS,
+    inverse: Preconditioner = lambda name, factors: _same,
 ) -> dict[str, Tensor]:
     """argmin over the factors of <Δ, M Δ> with Δ = target - dense(factors), by alternating least squares.
 
@@ -40,6 +42,8 @@ def refine(
         gradient: M, symmetric positive semidefinite, such as `Metric.gradient`.
         sweeps: how often all factors are updated.
         steps: conjugate gradient steps per update; a factor of n numbers is exact after n.
+        inverse: for a factor's name, with all factors as they are, an approximation of (Jᵀ M J)⁻¹, symmetric
+            and positive definite; the better it is, the fewer steps an update takes.
 
     Returns:
         The refined factors; the start itself where rounding ate the gain.
@@ -53,11 +57,15 @@ def refine(
         for name, part in list(factors.items()):
             if part.is_floating_point() and float((residual * pulled).sum()) > enough:
                 factors[name], residual, pulled = _update(
-                    dense, factors, name, residual, pulled, gradient, steps
+                    dense, factors, name, residual, pulled, gradient, steps, inverse(name, factors)
                 )
     final = target - dense(factors)
     before, after = (float((change * gradient(change)).sum()) for change in (first, final))
     return factors if after < before else dict(start)
+
+
+def _same(vector: Tensor) -> Tensor:
+    return vector
 
 
 def _update(
@@ -68,8 +76,9 @@ def _update(
     pulled: Tensor,
     gradient: Operator,
     steps: int,
+    inverse: Operator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One factor moved by ``steps`` conjugate gradient steps; with it Δ and M Δ."""
+    """One factor moved by ``steps`` preconditioned conjugate gradient steps; with it Δ and M Δ."""
     value = factors[name].detach().clone().requires_grad_()
     with torch.enable_grad():
         output = dense({**factors, name: value})
@@ -80,7 +89,8 @@ def _update(
         return part
 
     moved, slope = value.detach(), transposed(pulled)
-    direction, energy = slope, float(slope.square().sum())
+    direction = inverse(slope)
+    energy = float((slope * direction).sum())
     for _ in range(steps):
         if energy <= 0.0:
             break
@@ -94,6 +104,7 @@ def _update(
             moved = moved + length * direction
             residual, pulled = residual - length * change, pulled - length * pull
         slope = transposed(pulled)
-        following = float(slope.square().sum())
-        direction, energy = slope + (following / energy) * direction, following
+        steepest = inverse(slope)
+        following = float((slope * steepest).sum())
+        direction, energy = steepest + (following / energy) * direction, following
     return moved, residual, pulled
