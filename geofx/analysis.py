@@ -94,8 +94,8 @@ class Analysis:
         """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
 
         ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names; ``refused`` maps (region,
-        format) to the reason why it must not be taken. ``formats`` are those to choose from, each fitted where
-        it has no closed form; by default all that `geofx.screening` finds worth a fit.
+        format) to the reason why it must not be taken. ``formats`` are those to choose from, each fitted
+        where it has no closed form; by default all that `geofx.screening` finds worth a fit.
 
         Raises:
             BudgetInfeasibleError: carries the smallest plan.
