@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from geofx.factorizations import (
+    CP,
     ActivationSubspace,
     BlockTensorTrain,
     Dense,
@@ -21,6 +22,7 @@ from geofx.factorizations import (
     SharedWeight,
     TensorTrain,
     TokenMPS,
+    Tucker,
 )
 from geofx.region import RegionKind
 
@@ -210,3 +212,45 @@ for _weighting in ("two_sided", "none"):
         flops=2 * (4 * 2 * 4 + 8 * 2 * 4),
         applies=False,
     )
+
+
+def _tucker(ranks: tuple[int, ...]) -> Tensor:
+    """Random bases of a random core over 24 x 20 folded to 6 x 4 x 5 x 4."""
+    names = ("row1", "row2", "column1", "column2")
+    shapes = zip(names, (6, 4, 5, 4), ranks, strict=True)
+    factors = {name: random(size, rank, seed=size + rank) for name, size, rank in shapes}
+    return Tucker((6, 4), (5, 4), ranks).to_dense({**factors, "core": random(*ranks, seed=3)})
+
+
+CASES["tucker"] = Case(
+    Tucker((6, 4), (5, 4), (3, 2, 2, 2)),
+    Tucker((6, 4), (5, 4), (5, 3, 4, 3)),
+    (_tucker((5, 3, 4, 3)),),
+    1e-5,
+    flops=2 * (5 * 4 * 3 + 5 * 4 * 3 + 12 * 15 + 6 * 5 * 3 + 6 * 3 * 4),
+)
+CASES["tucker-stack"] = Case(
+    Tucker((24,), (20,), (1, 3, 3)),
+    Tucker((24,), (20,), (2, 6, 5)),
+    tuple(
+        random(24, 6, seed=1)
+        @ (own[0] * random(6, 5, seed=2) + own[1] * random(6, 5, seed=3))
+        @ random(5, 20, seed=4)
+        for own in random(3, 2, seed=5)
+    ),
+    1e-5,
+    "stack",
+    flops=3 * 2 * (20 * 5 + 5 * 2 * 6 + 2 * 6 + 6 * 24),
+)
+
+
+def _cp(rank: int) -> Tensor:
+    """Random terms over 24 x 20 with the rows folded to 6 x 4."""
+    shapes = {"row1": (6, rank), "row2": (4, rank), "column1": (20, rank)}
+    factors = {name: random(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
+    return CP(rank, (6, 4), (20,)).to_dense(factors)
+
+
+CASES["cp"] = Case(
+    CP(2, (6, 4), (20,)), CP(5, (6, 4), (20,)), (_cp(5),), 1e-5, flops=2 * 5 * (20 + 24), exact=1e-7
+)

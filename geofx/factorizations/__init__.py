@@ -12,6 +12,7 @@ from geofx.errors import PlanError
 from geofx.factorizations.activation_subspace import ActivationSubspace
 from geofx.factorizations.block_tensor_train import BlockTensorTrain
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
+from geofx.factorizations.cp import CP
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
 from geofx.factorizations.group_reduce import GroupReduce
@@ -22,6 +23,7 @@ from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
 from geofx.factorizations.tensor_train import TensorTrain
 from geofx.factorizations.token_mps import TokenMPS
+from geofx.factorizations.tucker import Tucker
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Dense,
@@ -36,6 +38,8 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     TensorTrain,
     GroupReduce,
     TokenMPS,
+    Tucker,
+    CP,
 )
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "BlockTensorTrain",
     "FACTORIZATIONS",
     "ActivationSubspace",
+    "CP",
     "Dense",
     "Factored",
     "Factorization",
@@ -56,6 +61,7 @@ __all__ = [
     "SharedWeight",
     "TensorTrain",
     "TokenMPS",
+    "Tucker",
     "factor_name",
     "from_json",
     "to_json",

@@ -71,6 +71,11 @@ def along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
     return flat.reshape(-1, *moved.shape[1:]).movedim(0, axis)
 
 
+def from_left(matrix: Tensor, state: Tensor) -> Tensor:
+    """``matrix`` (p, q) times ``state`` (…, q, s)."""
+    return functional.linear(state.squeeze(-1), matrix) if state.shape[-1] == 1 else matrix @ state
+
+
 @dataclass(frozen=True, eq=False)
 class Coordinates:
     """Folds and per fold a root of the metric and its inverse, so that ⊗ roots² is near the metric.

@@ -10,11 +10,10 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss, of_site, require_rank
-from geofx.factorizations.folded import fit_folded, padded_fold, rank_path, require_folds
+from geofx.factorizations.folded import fit_folded, from_left, padded_fold, rank_path, require_folds
 from geofx.factorizations.folds import fold
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd
@@ -132,11 +131,11 @@ class TensorTrain:
         for k in reversed(range(len(self.rows))):
             before, after = math.prod(self.columns[:k]), math.prod(self.rows[k + 1 :])
             core = factors[f"core{k + 1}"].flatten(2).flatten(0, 1)
-            out = _from_left(core, out.reshape(*lead, before, core.shape[1], after))
+            out = from_left(core, out.reshape(*lead, before, core.shape[1], after))
             if "site" in factors and k == len(self.rows) // 2:
                 own = factors[of_site("site", site)]
                 after *= self.rows[k]
-                out = _from_left(own, out.reshape(*lead, before, own.shape[1], after))
+                out = from_left(own, out.reshape(*lead, before, own.shape[1], after))
         return out.reshape(*lead, math.prod(self.rows))[..., : self._out]
 
     def lookup(self, ids: Tensor, factors: Factors) -> Tensor:
@@ -202,11 +201,6 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     squares, vectors = eigh_psd(matrix.T @ matrix, "fold")
     sizes, vectors = squares[:rank].sqrt(), vectors[:, :rank]
     return matrix @ vectors * torch.where(sizes > 0, 1.0 / sizes, 0.0), (vectors * sizes).T
-
-
-def _from_left(matrix: Tensor, state: Tensor) -> Tensor:
-    """``matrix`` (p, q) times ``state`` (…, q, s)."""
-    return functional.linear(state.squeeze(-1), matrix) if state.shape[-1] == 1 else matrix @ state
 
 
 def _folds(region: Region) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
