@@ -125,11 +125,15 @@ class GroupReduce:
         return torch.cat(blocks)[factors["index"].long()]
 
     def geometry(self, region: Region) -> GeometricForm:
-        """A subspace per block of rows; a row is expanded from its own."""
-        columns = region.shape[1]
-        spaces = [Subspace(f"block {block}", rank, columns) for block, rank in enumerate(self.ranks)]
-        steps = [Transformation("expand", (space.name,), f"rows of {space.name}") for space in spaces]
-        joined = Transformation("direct_sum", tuple(step.target for step in steps), "rows by block")
+        """The two subspaces of low rank for each block of rows; the blocks side by side, in their order."""
+        columns, blocks = region.shape[1], list(enumerate(zip(self.sizes, self.ranks, strict=True)))
+        spaces, steps = [], []
+        for block, (size, rank) in blocks:
+            spaces += [Subspace(f"input {block}", rank, columns), Subspace(f"rows {block}", rank, size)]
+            steps.append(Transformation("project", (f"input {block}",), f"latent {block}"))
+            steps.append(Transformation("expand", (f"latent {block}",), f"rows {block}"))
+        rows = tuple(f"rows {block}" for block, _ in blocks)
+        joined = Transformation("direct_sum", rows, "rows by block")
         return GeometricForm(
             tuple(spaces), (*steps, joined, Transformation("permute", ("rows by block",), "output"))
         )
