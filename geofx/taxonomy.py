@@ -23,11 +23,14 @@ from geofx.workload import measure
 
 SHAPE = (768, 768)
 HEADS = 12
+TABLE = 8
+"""A table that only embeddings' formats are shown on has so many times the rows."""
+
 KEPT = 0.5
 """The example of a format is its candidate nearest to this share of the dense numbers."""
 
 SECTION = "Xu, Sharmin and Mandic 2024, Sec. 2.5"
-_NAME = r"(?:Van |Ben )?[A-Z][\w'’-]+"
+_NAME = r"(?:Van |Ben |De )?[A-Z][\w'’-]+"
 CITATION = re.compile(rf"{_NAME}(?: (?:et al\.|and {_NAME}))?,? \(?(?:19|20)\d\d(?:, (?:19|20)\d\d)*\)?")
 
 
@@ -100,7 +103,8 @@ def citations(member: type) -> tuple[str, ...]:
 def _row(member: type[Factorization], shape: tuple[int, int]) -> TaxonomyRow:
     kinds: tuple[RegionKind, ...] = tuple(kind for kind in get_args(RegionKind) if kind in member.regions)
     for kind in kinds:
-        analysis = _example(kind, shape)
+        rows = shape[0] * (TABLE if kind in ("embedding", "tied_embedding") else 1)
+        analysis = _example(kind, (rows, shape[1]))
         region = analysis.region
         dense = measure(Dense(), region).parameters
         found = [(form, measure(form, region).parameters) for form in member.candidates(region, analysis)]

@@ -45,6 +45,20 @@ def test_kronecker_from_parents_and_children_is_the_kronecker_product() -> None:
     assert "4 subspaces (v 4, w 5, e 6, f 3)" in output
 
 
+def test_cp_tucker_and_tensor_train_from_their_subspaces() -> None:
+    """Rebuilt by products, resizing and contraction alone, at nearly the same number of parameters."""
+    output = run(str(EXAMPLES / "tensor_formats_side_by_side.py"))
+    assert re.findall(r"(\w+): (\d) subspaces", output) == [
+        ("cp", "3"),
+        ("tucker", "4"),
+        ("tensor_train", "3"),
+    ]
+    assert re.findall(r"\): (.+)", output) == ["direct product, add", "contract x 3", "contract x 2"]
+    assert [int(count) for count in re.findall(r"(\d+) numbers", output)] == [152, 141, 140]
+    assert max(differences(output)) < 1e-12
+    assert all(0 < float(error) < 0.5 for error in re.findall(r"error ([\d.]+)", output))
+
+
 @pytest.mark.model
 def test_one_analysis_serves_many_budgets() -> None:
     try:
