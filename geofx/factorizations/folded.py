@@ -29,13 +29,19 @@ MOST_UNEVEN = 4.0
 
 
 def rank_path(
-    limits: tuple[int, ...], size: Callable[[tuple[int, ...]], int], dense: int
+    limits: tuple[int, ...],
+    size: Callable[[tuple[int, ...]], int],
+    dense: int,
+    clip: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ranks: ranks,
 ) -> Iterator[tuple[int, ...]]:
-    """Ranks that grow together towards ``limits``, about dense / 64 numbers apart, all below ``dense``."""
+    """Ranks that grow together towards ``limits``, about dense / 64 numbers apart, all below ``dense``.
+
+    ``clip`` takes off what a rank has beyond what its neighbours can use.
+    """
     ranks, last = [1] * len(limits), -dense
-    while (numbers := size(tuple(ranks))) < dense:
+    while (numbers := size(useful := clip(tuple(ranks)))) < dense:
         if numbers >= last + dense / PATH_STEPS:
-            yield tuple(ranks)
+            yield useful
             last = numbers
         below = [mode for mode, limit in enumerate(limits) if ranks[mode] < limit]
         if not below:

@@ -58,11 +58,15 @@ class TensorTrain:
             ends = zip((1, *ranks), sizes, (*ranks, 1), strict=True)
             return sum(left * size * right for left, size, right in ends)
 
+        def clip(ranks: tuple[int, ...]) -> tuple[int, ...]:
+            useful = [1]
+            for size, rank in zip(sizes, ranks, strict=False):
+                useful.append(min(rank, useful[-1] * size))
+            return tuple(useful[1:])
+
         dense = len(region.sites) * region.rows[0] * region.shape[1]
-        for ranks in rank_path(limits, numbers, dense):
-            lefts = zip((1, *ranks), sizes, ranks, strict=False)
-            if all(right <= left * size for left, size, right in lefts):
-                yield cls(rows, columns, ranks, math.prod(rows) - region.rows[0])
+        for ranks in rank_path(limits, numbers, dense, clip):
+            yield cls(rows, columns, ranks, math.prod(rows) - region.rows[0])
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``core1`` … ``core<d>`` (r_{k-1}, m_k, n_k, r_k) and, of each site of a stack, ``site`` (r, r')."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss, of_site, require_rank
-from geofx.factorizations.folded import along, fit_folded, from_left, rank_path, require_folds
+from geofx.factorizations.folded import PATH_STEPS, along, fit_folded, from_left, rank_path, require_folds
 from geofx.factorizations.folds import fold
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd
@@ -21,6 +21,9 @@ from geofx.region_analysis import RegionAnalysis, Weights
 
 SWEEPS, STEPS = 1, 5
 """Of `refine`: five metric products for each of at most five factors."""
+
+SIDE_STEPS = 256
+"""Shares of a stack's sides among which the ranks are chosen."""
 
 HOOI_SWEEPS = 2
 """Higher-order orthogonal iterations of the start; most of what they gain comes with the first."""
@@ -47,20 +50,16 @@ class Tucker:
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
         """Two even folds on each side, with ranks that grow in step; a stack's sides stay whole."""
         (out, *_), across = region.rows, region.shape[1]
-        stacked = region.kind == "stack"
-        rows, columns = ((out,), (across,)) if stacked else (fold(out, 2), fold(across, 2))
+        if region.kind == "stack":
+            sizes = len(region.sites), out, across
+            yield from (cls((out,), (across,), ranks) for ranks in _stack_ranks(sizes))
+            return
+        rows, columns = fold(out, 2), fold(across, 2)
         if rows is None or columns is None:
             return
-        sites = len(region.sites)
-        limits = (*((sites,) if stacked else ()), *rows, *columns)
-
-        def numbers(ranks: tuple[int, ...]) -> int:
-            bases = sum(limit * rank for limit, rank in zip(limits, ranks, strict=True))
-            return int(math.prod(ranks) + bases)
-
-        for ranks in rank_path(limits, numbers, sites * out * across):
-            if all(rank * rank <= math.prod(ranks) for rank in ranks):
-                yield cls(rows, columns, ranks)
+        sides = (*rows, *columns)
+        for ranks in rank_path(sides, lambda ranks: _numbers(sides, ranks), out * across, _useful):
+            yield cls(rows, columns, ranks)
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``row1`` … (m_k, r_k), ``column1`` … (n_k, s_k), ``core``; of each site of a stack ``layer``."""
@@ -147,6 +146,33 @@ class Tucker:
         rows = [f"row{k}" for k in range(1, len(self.rows) + 1)]
         columns = [f"column{k}" for k in range(1, len(self.columns) + 1)]
         return [*(["layer"] if self._stacked else []), *rows, *columns]
+
+
+def _stack_ranks(sizes: tuple[int, int, int]) -> Iterator[tuple[int, ...]]:
+    """Ranks of (layers, out, in): of all in one step of size those whose shares are the most alike."""
+    layers, out, across = sizes
+    dense, best = math.prod(sizes), dict[int, tuple[float, int, tuple[int, ...]]]()
+    for depth in range(1, layers + 1):
+        for step in range(1, SIDE_STEPS + 1):
+            sides = (max(1, size * step // SIDE_STEPS) for size in (out, across))
+            ranks = _useful((depth, *sides))
+            numbers = _numbers(sizes, ranks)
+            found = (abs(depth / layers - step / SIDE_STEPS), numbers, ranks)
+            bucket = numbers * PATH_STEPS // dense
+            best[bucket] = min(best.get(bucket, found), found)
+    return (best[bucket][2] for bucket in sorted(best) if bucket < PATH_STEPS)
+
+
+def _numbers(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> int:
+    return int(math.prod(ranks) + sum(size * rank for size, rank in zip(sizes, ranks, strict=True)))
+
+
+def _useful(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """None above the product of the others, which bounds the rank of the core's unfolding."""
+    for mode, rank in enumerate(ranks):
+        others = math.prod(ranks[:mode]) * math.prod(ranks[mode + 1 :])
+        ranks = (*ranks[:mode], min(rank, others), *ranks[mode + 1 :])
+    return ranks
 
 
 def hooi(tensor: Tensor, ranks: tuple[int, ...], sweeps: int) -> tuple[Tensor, list[Tensor]]:
