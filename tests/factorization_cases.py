@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from geofx.factorizations import (
     CP,
     ActivationSubspace,
     BlockTensorTrain,
+    Butterfly,
     Dense,
     Factorization,
     GaugeFixed,
     GroupReduce,
     Kronecker,
     LowRank,
+    LowRankPlusSparse,
     Monarch,
     SharedBasis,
     SharedWeight,
@@ -254,3 +257,21 @@ def _cp(rank: int) -> Tensor:
 CASES["cp"] = Case(
     CP(2, (6, 4), (20,)), CP(5, (6, 4), (20,)), (_cp(5),), 1e-5, flops=2 * 5 * (20 + 24), exact=1e-7
 )
+
+
+def _butterfly(levels: int, rank: int) -> tuple[Tensor]:
+    half, rows, columns = 2 ** (levels - 1), 24 // 2**levels, 20 // 2**levels
+    widths = (rows, *[rank] * (levels - 1), columns)
+    shapes = [(half, 2 * above, 2 * below) for above, below in pairwise(widths)]
+    factors = {f"factor{level}": random(*shape, seed=level) for level, shape in enumerate(shapes, 1)}
+    return (Butterfly(levels, rank).to_dense(factors),)
+
+
+def _with_rows(rank: int, rows: int) -> tuple[Tensor]:
+    weight = _rank(rank)[0].clone()
+    weight[3 : 3 + 4 * rows : 4] = 5.0 * random(rows, 20, seed=5)
+    return (weight,)
+
+
+CASES["butterfly"] = Case(Butterfly(2, 1), Butterfly(2, 4), _butterfly(2, 4), 1e-6)
+CASES["low_rank_plus_sparse"] = Case(LowRankPlusSparse(2, 1), LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6)

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from geofx.errors import PlanError
 from geofx.factorizations.activation_subspace import ActivationSubspace
 from geofx.factorizations.block_tensor_train import BlockTensorTrain
+from geofx.factorizations.butterfly import Butterfly
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.cp import CP
 from geofx.factorizations.dense import Dense
@@ -18,6 +19,7 @@ from geofx.factorizations.gauge_fixed import GaugeFixed
 from geofx.factorizations.group_reduce import GroupReduce
 from geofx.factorizations.kronecker import Kronecker
 from geofx.factorizations.low_rank import LowRank
+from geofx.factorizations.low_rank_plus_sparse import LowRankPlusSparse
 from geofx.factorizations.monarch import Monarch
 from geofx.factorizations.shared_basis import SharedBasis
 from geofx.factorizations.shared_weight import SharedWeight
@@ -33,6 +35,8 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     SharedWeight,
     ActivationSubspace,
     BlockTensorTrain,
+    LowRankPlusSparse,
+    Butterfly,
     Kronecker,
     Monarch,
     TensorTrain,
@@ -43,6 +47,8 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
 )
 
 __all__ = [
+    "LowRankPlusSparse",
+    "Butterfly",
     "Monarch",
     "Kronecker",
     "BlockTensorTrain",
