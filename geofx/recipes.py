@@ -192,10 +192,10 @@ def tensorgpt(rank: int = 4) -> Recipe:
     """Each token's row, folded, as a matrix product state of its own."""
     return Recipe(
         f"tensorgpt-{rank}",
-        (Form.of("token_mps", rank=rank),),
-        kinds=EMBEDDINGS,
+        (Form.of("token_mps", rank=rank, weighting="none"),),
+        kinds=("embedding",),
         paper=papers.TENSORGPT,
-        differs="One bound on the rank for all rows; nothing is trained, in the paper neither.",
+        differs="One bound on the rank for all rows, and a table that is the head too is left alone.",
     )
 
 
@@ -264,7 +264,6 @@ def tensorized_transformer() -> Recipe:
     return Recipe(
         "tensorized_transformer",
         (Form.of("block_term"),),
-        kinds=("single", "shared_input"),
         paper=papers.TENSORIZED_TRANSFORMER,
         differs=f"Heads of trained weights share factors, attention itself is computed as before; {METRIC}.",
     )
@@ -275,7 +274,6 @@ def tuformer() -> Recipe:
     return Recipe(
         "tuformer",
         (Form.of("block_term"),),
-        kinds=("single", "shared_input"),
         allocation="planned",
         paper=papers.TUFORMER,
         differs=f"The heads' number stays, so that the weights alone are rewritten; {METRIC}.",
