@@ -81,7 +81,7 @@ def _swaps_heads(node: fx.Node) -> bool:
         first, second = (dim % count for dim in node.args[1:3])  # type: ignore[operator]
         return first != second and count - 2 in (first, second)
     if node.target is aten.permute.default:
-        return node.args[1][-2] % count != count - 2  # type: ignore[index, operator]
+        return bool(node.args[1][-2] % count != count - 2)  # type: ignore[index, operator]
     return False
 
 

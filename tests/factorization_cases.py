@@ -12,6 +12,7 @@ from geofx.factorizations import (
     CP,
     ActivationSubspace,
     BlockTensorTrain,
+    BlockTerm,
     Butterfly,
     Dense,
     Factorization,
@@ -275,3 +276,32 @@ def _with_rows(rank: int, rows: int) -> tuple[Tensor]:
 
 CASES["butterfly"] = Case(Butterfly(2, 1), Butterfly(2, 4), _butterfly(2, 4), 1e-6)
 CASES["low_rank_plus_sparse"] = Case(LowRankPlusSparse(2, 1), LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6)
+
+
+def _blocks(heads: int, dim: int, whole: int) -> Tensor:
+    """(heads · dim, whole): two blocks of ranks (2, 2, 4), orthogonal to each other in every mode."""
+    first, second, third = (torch.linalg.qr(random(size, size))[0] for size in (heads, dim, whole))
+    cores = [torch.linalg.qr(random(4, 4, seed=seed))[0].reshape(2, 2, 4) for seed in (1, 2)]
+    parts = (
+        scale * torch.einsum("abc,ha,db,nc->hdn", core, first[:, cut], second[:, cut], third[:, wide])
+        for scale, core, cut, wide in zip(
+            (2.0, 1.0), cores, (slice(2), slice(2, 4)), (slice(4), slice(4, 8)), strict=True
+        )
+    )
+    return sum(parts, torch.zeros(())).flatten(0, 1)
+
+
+CASES["block_term"] = Case(
+    BlockTerm(4, 1, (2, 2, 4)),
+    BlockTerm(4, 2, (2, 2, 4)),
+    (_blocks(4, 6, 20),),
+    1e-6,
+    flops=2 * 2 * (20 * 4 + 4 * 4 + 2 * 2 * 6 + 4 * 2 * 6),
+)
+CASES["block_term-inputs"] = Case(
+    BlockTerm(-4, 1, (2, 2, 4)),
+    BlockTerm(-4, 2, (2, 2, 4)),
+    (_blocks(4, 5, 24).T.contiguous(),),
+    1e-6,
+    flops=2 * 2 * (24 * 4 + 4 * 4 + 2 * 2 * 5 + 4 * 2 * 5),
+)

@@ -37,8 +37,7 @@ def samples(rows: int, columns: int, seed: int) -> Tensor:
 
 def with_directions(analysis: RegionAnalysis, x: Tensor) -> RegionAnalysis:
     unit = x / x.norm(dim=1, keepdim=True)
-    object.__setattr__(analysis, "directions", unit.T @ unit / len(unit))
-    return analysis
+    return replace(analysis, directions=unit.T @ unit / len(unit))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from geofx.errors import PlanError
 from geofx.factorizations.activation_subspace import ActivationSubspace
 from geofx.factorizations.block_tensor_train import BlockTensorTrain
+from geofx.factorizations.block_term import BlockTerm
 from geofx.factorizations.butterfly import Butterfly
 from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
 from geofx.factorizations.cp import CP
@@ -44,25 +45,27 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     TokenMPS,
     Tucker,
     CP,
+    BlockTerm,
 )
 
 __all__ = [
-    "LowRankPlusSparse",
-    "Butterfly",
-    "Monarch",
-    "Kronecker",
-    "BlockTensorTrain",
     "FACTORIZATIONS",
-    "ActivationSubspace",
     "CP",
+    "ActivationSubspace",
+    "BlockTensorTrain",
+    "BlockTerm",
+    "Butterfly",
     "Dense",
     "Factored",
     "Factorization",
     "Factors",
     "GaugeFixed",
     "GroupReduce",
+    "Kronecker",
     "Lookup",
     "LowRank",
+    "LowRankPlusSparse",
+    "Monarch",
     "SharedBasis",
     "SharedWeight",
     "TensorTrain",

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import ConfigError
+from geofx.factorizations.blocks import whole
 from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd, require_finite
@@ -98,7 +98,7 @@ class ActivationSubspace:
     def _resolved(self, analysis: RegionAnalysis) -> Criterion:
         if self.criterion != "best":
             return self.criterion
-        usable = PLAIN if _directions(analysis) is None else PLAIN + NORMALISED
+        usable = PLAIN if analysis.directions is None else PLAIN + NORMALISED
         return min(usable, key=lambda criterion: losses(analysis, criterion)[self.rank])
 
 
@@ -109,15 +109,14 @@ def eigenbasis(analysis: RegionAnalysis, criterion: Criterion) -> Tensor:
         ConfigError: the criterion is over x / ‖x‖, of which the analysis has no second moment.
     """
     weight, metric, columns = analysis.weight.double(), analysis.metric, analysis.region.shape[1]
-    moment = _directions(analysis) if criterion in NORMALISED else metric.input
+    moment = analysis.directions if criterion in NORMALISED else metric.input
     if moment is None and criterion in NORMALISED:
         raise ConfigError(
             f"criterion {criterion!r} needs the second moment of normalised inputs",
             where=analysis.region.name,
             fix="analyze(..., directions=True)",
         )
-    matrix = on_left(moment, torch.eye(columns, dtype=torch.float64)) if moment is None or moment.dim() == 1 else moment
-    matrix = matrix.double()
+    matrix = whole(moment, columns)
     if criterion.startswith(("go", "nl")):
         rows = on_left(metric.output, weight) if criterion.startswith("nl") else weight
         product = matrix @ (weight.T @ rows)
@@ -135,7 +134,3 @@ def losses(analysis: RegionAnalysis, criterion: Criterion) -> list[float]:
         tails = terms.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         known[criterion] = [*(metric.scale * tails.clamp_min(0.0)).tolist(), 0.0]
     return known[criterion]
-
-
-def _directions(analysis: RegionAnalysis) -> Tensor | None:
-    return getattr(analysis, "directions", None)
