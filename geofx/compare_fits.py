@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 from geofx import region_analysis
 from geofx.compare_cache import Cache, digest
@@ -93,6 +94,7 @@ def reason(error: Exception) -> str:
     return " ".join(what.split())[:160]
 
 
+@cache
 def code_of(*formats: type[Factorization]) -> str:
     """Hash of the code that fits ``formats``: an entry of other code is not used."""
     modules = [sys.modules[member.__module__] for member in formats]

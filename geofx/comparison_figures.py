@@ -81,5 +81,6 @@ def _draw(axes: Any, title: str, rows: Sequence[Row], comparison: Comparison) ->
     axes.set_xlabel("model, MB (10⁶ bytes)")
     axes.set_ylabel(f"loss increase, {comparison.unit}")
     axes.set_yscale("symlog", linthresh=1e-3)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.2, linewidth=0.5)
     axes.legend(fontsize=5.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +14,7 @@ from geofx.comparison import Comparison, Engine, Figures, Row
 from geofx.report_rows import ABSENT, in_bytes, in_count, in_loss, in_percent, in_seconds, plain
 
 Column = tuple[str, Callable[[Figures], str]]
+Value = TypeVar("Value")
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
@@ -26,9 +29,17 @@ def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
         rows = [row for row in comparison.rows if (row.scope, row.keep) == (scope, keep)]
         ranked = sorted((row for row in rows if row.figures), key=_loss)
         if ranked:
-            title = f"{scope}: {in_percent(keep)} kept"
-            yield _table(f"{title}; what is lost", ranked, LOSSES)
-            yield _table(f"{title}; what it costs", ranked, COSTS)
+            title = f"{scope}, {in_percent(keep)} of the bytes"
+            yield _table(f"{title}: what is lost", ranked, LOSSES)
+            yield _table(f"{title}: what it costs", ranked, COSTS)
+            timed = [
+                column
+                for engine, columns in LATENCIES.items()
+                if _timed(ranked, engine)
+                for column in columns
+            ]
+            if timed:
+                yield _table(f"{title}: time", ranked, timed)
     yield from _notes(comparison.rows)
 
 
@@ -37,24 +48,32 @@ def _loss(row: Row) -> float:
     return float("inf") if increase is None else increase
 
 
-def _number(value: float | None, form: Callable[[float], str]) -> str:
+def _number(value: Value | None, form: Callable[[Value], str]) -> str:
     return ABSENT if value is None else form(value)
 
 
-def _latency(engine: Engine) -> Callable[[Figures], str]:
-    def shown(figures: Figures) -> str:
-        found = figures.latency.get(engine)
-        return ABSENT if found is None else f"{in_seconds(found.seconds)} ({found.ratio:.2f})"
+def _timed(rows: Sequence[Row], engine: Engine) -> bool:
+    return any(row.figures is not None and engine in row.figures.latency for row in rows)
 
-    return shown
+
+def _short(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _seconds(engine: Engine) -> Callable[[Figures], str]:
+    return lambda figures: _number(figures.latency.get(engine), lambda found: in_seconds(found.seconds))
+
+
+def _ratio(engine: Engine) -> Callable[[Figures], str]:
+    return lambda figures: _number(figures.latency.get(engine), lambda found: f"{found.ratio:.2f}")
 
 
 LOSSES: tuple[Column, ...] = (
     ("CR", lambda figures: f"{figures.compression_ratio:.3f}"),
-    ("FDL", lambda figures: f"{figures.parameter_mae:.1e}"),
-    ("predicted", lambda figures: in_loss(figures.predicted_loss)),
-    ("measured", lambda figures: _number(figures.loss_increase, in_loss)),
-    ("KL", lambda figures: _number(figures.kl, in_loss)),
+    ("FDL", lambda figures: _short(figures.parameter_mae)),
+    ("predicted", lambda figures: _short(figures.predicted_loss)),
+    ("measured", lambda figures: _number(figures.loss_increase, _short)),
+    ("KL", lambda figures: _number(figures.kl, _short)),
     ("top-1", lambda figures: _number(figures.top1_agreement, in_percent)),
 )
 COSTS: tuple[Column, ...] = (
@@ -62,18 +81,22 @@ COSTS: tuple[Column, ...] = (
     ("numbers", lambda figures: in_count(figures.parameters)),
     ("linear", lambda figures: in_count(figures.linear_parameters)),
     ("flops", lambda figures: in_count(figures.flops_per_token)),
-    ("torch", _latency("torch")),
-    ("ONNX Runtime", _latency("onnx")),
     ("fit", lambda figures: in_seconds(figures.fit_s)),
 )
+LATENCIES: Mapping[Engine, tuple[Column, ...]] = {
+    "torch": (("torch", _seconds("torch")), ("ratio", _ratio("torch"))),
+    "onnx": (("ONNX Runtime", _seconds("onnx")), ("ratio", _ratio("onnx"))),
+}
 
 
 def _table(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("method", overflow="fold")
-    table.add_column("kept", justify="right")
-    for name, _ in columns:
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD
+    )
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.add_column("method", overflow="fold", min_width=16)
+    for name in ("kept", *(name for name, _ in columns)):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.figures is not None:
             cells = (form(row.figures) for _, form in columns)
@@ -89,7 +112,9 @@ def name_of(row: Row) -> str:
 def _notes(rows: Sequence[Row]) -> Iterator[RenderableType]:
     """Each reason once, with the methods and shares that it is of."""
     if any(row.allocation == "planned" for row in rows):
-        yield Text("* allocated by the planner, the others the same share of every region", style="dim")
+        yield Text("* allocated by the planner, the others the same share of every region.", style="dim")
+    if any(row.figures and row.figures.latency for row in rows):
+        yield Text("ratio: to the original, timed in turns with it.", style="dim")
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         for note in row.notes:

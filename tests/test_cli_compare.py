@@ -48,7 +48,7 @@ def test_table_json_and_chart_are_of_one_comparison(folder: Path, capsys: pytest
     table = capsys.readouterr().out
     made = Comparison.from_json((folder / "made.json").read_text())
     assert [row.keep for row in made.rows] == [0.8, 0.6] * 4
-    for name in ("low_rank", "low_rank*", "svd", "svd_llm", "80.0 % kept", "60.0 % kept"):
+    for name in ("low_rank", "low_rank*", "svd", "svd_llm", "80.0 % of the bytes", "60.0 % of"):
         assert name in table
     assert "<svg" in (folder / "made.svg").read_text()
     assert main([*ARGUMENTS, *chosen, "--json"]) == 0
