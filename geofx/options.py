@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from geofx.errors import NumericsError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
-from geofx.region import OWN, Region, RegionKind
+from geofx.region import OWN, Region
 from geofx.region_analysis import RegionAnalysis
 from geofx.screening import Screen
 from geofx.site import Skip
 from geofx.workload import Workload, measure
+
+logger = logging.getLogger(__name__)
 
 SIZES = 6
 """Settings per region that a format without a closed form is fitted at to learn its losses."""
@@ -48,7 +52,7 @@ def list_options(
 
     Args:
         analyses: of the regions.
-        formats: those to price; by default all, those without a closed form only where `Screen` lets them.
+        formats: those to price; by default all, without a closed form only where `geofx.screening` lets them.
         rows_per_token: how often a weight is used per token of the model (2 for a layer called twice, less
             than 1 for one that sees a sequence once); 1 where it says nothing.
     """
@@ -60,47 +64,47 @@ def list_options(
     options: list[Option] = []
     skips: list[Skip] = []
 
-    def add(members: Iterable[type[Factorization]]) -> None:
-        for analysis in every:
+    def add(members: Iterable[type[Factorization]], among: Iterable[RegionAnalysis]) -> None:
+        for analysis in among:
             for member in members:
-                if analysis.region.kind in member.regions and (member, analysis.region.kind) not in barred:
-                    found, skip = _options_of(member, analysis, _rows(analysis.region, rows))
-                    options.extend(found)
-                    skips.extend(skip)
+                found, skip = _options_of(member, analysis, _rows(analysis.region, rows))
+                options.extend(found)
+                skips.extend(skip)
 
-    barred: set[tuple[type[Factorization], RegionKind]] = set()
-    add([member for member in asked if member.closed_form])
+    add([member for member in asked if member.closed_form], every)
     open_forms = [member for member in asked if not member.closed_form]
-    if formats is None:
-        barred, refused = _screened(every, options, open_forms)
-        skips += refused
-    add(open_forms)
+    if formats is not None:
+        add(open_forms, every)
+        return options, skips
+    screen = _screen(every, options)
+    for member, kind in product(open_forms, screen.smallest):
+        if kind in member.regions:
+            refusal = screen.refusal(member, kind)
+            if refusal is None:
+                logger.info("%s joins the plan in %s regions", member.name, kind)
+                add(
+                    [member],
+                    [item for item in every if screen.covers(item.region) and item.region.kind == kind],
+                )
+            else:
+                skips.append(Skip(f"{kind} regions", "SCREENED", f"{member.name} {refusal}"))
     return options, skips
 
 
-def _screened(
-    analyses: list[RegionAnalysis], closed: list[Option], formats: list[type[Factorization]]
-) -> tuple[set[tuple[type[Factorization], RegionKind]], list[Skip]]:
-    """Formats and kinds of region that are not worth a fit, each with the reason."""
+def _screen(analyses: list[RegionAnalysis], closed: list[Option]) -> Screen:
     frontier: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for option in closed:
         if option.region.kind in OWN:
             frontier[option.region.name].append((option.workload.weight_bytes, option.loss))
-    screen = Screen.of(analyses, {name: tuple(pairs) for name, pairs in frontier.items()})
-    barred, skips = set(), []
-    for member in formats:
-        for kind in sorted(member.regions & screen.smallest.keys()):
-            reason = screen.refusal(member, kind)
-            if reason is not None:
-                barred.add((member, kind))
-                skips.append(Skip(f"all {kind} regions", "SCREENED", f"{member.name} is {reason}"))
-    return barred, skips
+    return Screen.of(analyses, {name: tuple(pairs) for name, pairs in frontier.items()})
 
 
 def _options_of(
     member: type[Factorization], analysis: RegionAnalysis, rows: float
 ) -> tuple[list[Option], list[Skip]]:
     region = analysis.region
+    if region.kind not in member.regions:
+        return [], []
     dense = measure(Dense(), region).weight_bytes
     settings = [(item, measure(item, region)) for item in member.candidates(region, analysis)]
     gaining = [(item, work) for item, work in settings if member is Dense or work.weight_bytes < dense]

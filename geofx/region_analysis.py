@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,21 +42,29 @@ class Metric:
     """‖ΔW‖² = tr(G ΔW A ΔWᵀ), with A (in, in) and G (out, out) shrunk, so positive definite.
 
     A side may be given by its diagonal alone, as a vector; None stands for the identity. ``scale`` turns the
-    form into the unit of the loss.
+    form into the unit of the loss. ``blocks`` are those of a block-diagonal G: products with them are faster.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     scale: float = 1.0
+    blocks: tuple[Tensor, ...] = ()
+
+    def left(self, matrix: Tensor) -> Tensor:
+        """G M for a matrix of out rows."""
+        if not self.blocks:
+            return on_left(self.output, matrix)
+        parts = matrix.split([len(block) for block in self.blocks])
+        return torch.cat([on_left(block, part) for block, part in zip(self.blocks, parts, strict=True)])
 
     def gradient(self, change: Tensor) -> Tensor:
         """G ΔW A, in the dtype of ``change``: half the gradient of the loss, but for ``scale``."""
-        return on_left(self.output, on_right(change, self.input))
+        return self.left(on_right(change, self.input))
 
     def loss(self, change: Tensor) -> float:
         """scale · tr(G ΔW A ΔWᵀ) for a ``change`` ΔW of shape (out, in)."""
         delta = change.double()
-        left, right = on_left(self.output, delta), on_right(delta, self.input)
+        left, right = self.left(delta), on_right(delta, self.input)
         return self.scale * float((left * right).sum())
 
 
@@ -101,7 +110,7 @@ def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation
 def _from_input_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
     root, inverse = _roots(metric.input, weight.shape[1], what)
     lifted = weight @ root
-    squares, vectors = eigh_psd(lifted.T @ on_left(metric.output, lifted), what)
+    squares, vectors = eigh_psd(lifted.T @ metric.left(lifted), what)
     return lifted @ vectors, vectors.T @ inverse, squares
 
 
@@ -119,7 +128,27 @@ def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]
     if matrix.dim() == 1:
         root = matrix.double().clamp_min(0.0).sqrt()
         return root.diag(), torch.where(root > 0, 1.0 / root, 0.0).diag()
-    return root_and_inverse(matrix, f"second moment at {what}")
+    return _recent_roots(matrix, f"second moment at {what}")
+
+
+class Recent:
+    """The last results of a function of a tensor, told by identity: sites of one input follow one another."""
+
+    def __init__(self, function: Callable[..., Any], size: int = 2) -> None:
+        self._function = function
+        self._kept: deque[tuple[Tensor, Any]] = deque(maxlen=size)
+
+    def __call__(self, tensor: Tensor, *rest: Any) -> Any:
+        """``function(tensor, *rest)``; with one tensor the rest is the same every time, but for messages."""
+        for known, result in self._kept:
+            if known is tensor:
+                return result
+        result = self._function(tensor, *rest)
+        self._kept.append((tensor, result))
+        return result
+
+
+_recent_roots, _recent_shrunk = Recent(root_and_inverse), Recent(shrink)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +233,7 @@ class RegionAnalysis:
         if key not in self._losses:
             whole, cut = self.metric, self.truncation_under(weighting, power)
             left, right = cut.left.double(), cut.right.double()
-            pairs = (left.T @ on_left(whole.output, left)) * (on_right(right, whole.input) @ right.T)
+            pairs = (left.T @ whole.left(left)) * (on_right(right, whole.input) @ right.T)
             blocks = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0.0)
             self._losses[key] = (*(whole.scale * blocks).tolist(), 0.0)
         return self._losses[key]
@@ -229,7 +258,9 @@ def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
     else:
         blocks = [part.diag() if part.dim() == 1 else part for part in outputs]
         joint = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return Metric(torch.stack(inputs).mean(0) if inputs else None, joint)
+    shared = inputs and all(one is inputs[0] for one in inputs)
+    mean = inputs[0] if shared else torch.stack(inputs).mean(0) if inputs else None
+    return Metric(mean, joint, blocks=tuple(outputs))
 
 
 class MomentMetrics(Mapping[str, Metric]):
@@ -253,7 +284,7 @@ class MomentMetrics(Mapping[str, Metric]):
         moments = self._moments
         inputs, outputs = moments.input_moment(name), moments.output_moment(name)
         if inputs is not None:
-            inputs = shrink(inputs, sampling_share(inputs, moments.tokens_at(name), INPUT_SHRINKAGE))
+            inputs = _recent_shrunk(inputs, sampling_share(inputs, moments.tokens_at(name), INPUT_SHRINKAGE))
         return region_metric(self._weights[name], inputs, _shrunk_output(outputs, moments.loss_terms))
 
     def _table(self, name: str) -> Metric:

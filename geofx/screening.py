@@ -1,9 +1,10 @@
-"""Which formats a default plan fits at all: those that beat the closed forms where it is cheap to try.
+"""Which formats without a closed form a default plan fits, and where: a trial at the smallest matrices.
 
-The loss of the low-rank forms is read off a spectrum; that of the others takes a fit per setting and
-region. No bound on their loss is both cheap and above zero: at most sizes they have nearly as many free
-numbers as the weight, and only a fit tells. So each is fitted at the smallest region of each kind, and
-takes part in the plan where it is ahead of the closed forms there at the same bytes.
+The loss of the low-rank forms is read off a spectrum; that of the others takes a fit per setting and region,
+seconds for a large one. No bound on it is both cheap and above zero: at most sizes such a form has nearly
+as many free numbers as the weight. So by default each is tried at one region of the smallest shape of each
+kind, and joins the plan in the regions of that shape where it is ahead of the closed forms at the same
+bytes. Stacks, tables and larger shapes are fitted when a format is asked for by name.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from dataclasses import dataclass
 
 from geofx.errors import NumericsError
 from geofx.factorizations import Dense, Factorization
-from geofx.region import RegionKind
+from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis
 from geofx.workload import measure
 
 SHARES = (0.8, 0.4)
 """Kept shares of the dense bytes at which a format is tried."""
+
+TRIED: tuple[RegionKind, ...] = ("single", "shared_input")
+"""Kinds of region with a trial."""
+
+MOST_NUMBERS = 2**20
+"""Numbers in the largest region that a default plan would fit by trial."""
 
 Frontier = Mapping[str, tuple[tuple[int, float], ...]]
 """Weight -> (bytes, loss) of every closed-form setting of its own region."""
@@ -33,17 +40,22 @@ class Screen:
 
     @classmethod
     def of(cls, analyses: Iterable[RegionAnalysis], frontier: Frontier) -> Screen:
-        """The smallest region of each kind, the first of several."""
+        """The smallest region of each kind that is tried, the first of several."""
         smallest: dict[RegionKind, RegionAnalysis] = {}
         for analysis in analyses:
-            kind, shape = analysis.region.kind, analysis.region.shape
+            kind, size = analysis.region.kind, _numbers(analysis.region)
             best = smallest.get(kind)
-            if best is None or shape[0] * shape[1] < best.region.shape[0] * best.region.shape[1]:
+            if kind in TRIED and size <= MOST_NUMBERS and (best is None or size < _numbers(best.region)):
                 smallest[kind] = analysis
         return cls(frontier, smallest)
 
+    def covers(self, region: Region) -> bool:
+        """Whether the trial at its kind speaks for ``region``: it has the same shapes."""
+        tried = self.smallest.get(region.kind)
+        return tried is not None and tried.region.rows == region.rows and tried.region.shape == region.shape
+
     def refusal(self, member: type[Factorization], kind: RegionKind) -> str | None:
-        """Why ``member`` is not fitted in regions of ``kind``; None where it is ahead at one of `SHARES`."""
+        """Why ``member`` does not join in regions of ``kind``; None where it is ahead at one of `SHARES`."""
         analysis = self.smallest[kind]
         region, dense = analysis.region, measure(Dense(), analysis.region).weight_bytes
         settings = [
@@ -58,12 +70,12 @@ class Screen:
             try:
                 loss = form.predicted_loss(region, analysis)
             except NumericsError as error:
-                return f"{form} cannot be fitted at {region.name}: {error}"
+                return f"cannot be fitted at {region.name}: {error}"
             rival = self._rival(analysis, size / dense)
             if loss < rival:
                 return None
             found.append(f"{loss:.3g} at {share:.0%} of the bytes, closed forms {rival:.3g}")
-        return f"behind at {region.name}: {'; '.join(found)}" if found else f"no setting fits {region.name}"
+        return f"is behind at {region.name}: {'; '.join(found)}" if found else f"does not fit {region.name}"
 
     def _rival(self, analysis: RegionAnalysis, share: float) -> float:
         """Σ over sites of the least loss at ``share`` of the bytes of each."""
@@ -81,3 +93,8 @@ class Screen:
 
     def _dense(self, weight: str) -> int:
         return max(size for size, _ in self.frontier[weight])
+
+
+def _numbers(region: Region) -> int:
+    rows, columns = region.shape
+    return rows * columns

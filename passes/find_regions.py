@@ -21,7 +21,9 @@ def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
     every = list(sites)
     own = [Region(site.weight, _own_kind(site), (site,)) for site in every]
     once = [site for site in every if site.kind == "linear" and len(site.nodes) == 1]
-    return (*own, *_shared_inputs(once), *_stacks(program, once))
+    shared = {region.weights[-1]: region for region in _shared_inputs(once)}
+    near = [found for region in own for found in (region, shared.get(region.name)) if found is not None]
+    return (*near, *_stacks(program, once))
 
 
 def _own_kind(site: Site) -> RegionKind:

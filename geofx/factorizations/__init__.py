@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +18,7 @@ from geofx.factorizations.cp import CP
 from geofx.factorizations.dense import Dense
 from geofx.factorizations.gauge_fixed import GaugeFixed
 from geofx.factorizations.group_reduce import GroupReduce
+from geofx.factorizations.hybrid import Hybrid
 from geofx.factorizations.kronecker import Kronecker
 from geofx.factorizations.low_rank import LowRank
 from geofx.factorizations.low_rank_plus_sparse import LowRankPlusSparse
@@ -38,6 +39,7 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     BlockTensorTrain,
     LowRankPlusSparse,
     Butterfly,
+    Hybrid,
     Kronecker,
     Monarch,
     TensorTrain,
@@ -49,6 +51,7 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
 )
 
 __all__ = [
+    "Hybrid",
     "FACTORIZATIONS",
     "CP",
     "ActivationSubspace",
@@ -78,18 +81,24 @@ __all__ = [
 
 
 def to_json(factorization: Factorization) -> dict[str, Any]:
-    """``{"name": "low_rank", "rank": 64, ...}``; inverse of `from_json`."""
-    return {"name": factorization.name, **asdict(factorization)}  # type: ignore[call-overload]
+    """``{"name": "low_rank", "rank": 64, ...}``, nested where a setting is a format; inverse of `from_json`."""
+    settings = {field.name: getattr(factorization, field.name) for field in fields(factorization)}  # type: ignore[arg-type]
+    plain = {key: to_json(value) if is_dataclass(value) else value for key, value in settings.items()}
+    return {"name": factorization.name, **plain}
 
 
 def from_json(data: dict[str, Any], where: str = "") -> Factorization:
-    """The format that ``data`` names, from this closed registry only.
+    """The format that ``data`` names, from this closed registry only; parts of a sum are no sums.
 
     Raises:
         PlanError: unknown name, or settings that the format does not have.
     """
-    known = {member.name: member for member in FACTORIZATIONS}
-    name = data.get("name")
+    return _read(data, where, FACTORIZATIONS)
+
+
+def _read(data: Any, where: str, formats: tuple[type[Factorization], ...]) -> Factorization:
+    known = {member.name: member for member in formats}
+    name = data.get("name") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in known:
         raise PlanError(
             f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}"
@@ -98,8 +107,10 @@ def from_json(data: dict[str, Any], where: str = "") -> Factorization:
     unknown = sorted(settings.keys() - {field.name for field in fields(known[name])})  # type: ignore[arg-type]
     if unknown:
         raise PlanError(f"{name} has no setting {unknown[0]!r}", where=where, fix="remove it")
+    parts = tuple(member for member in formats if member is not Hybrid)
+    context = {"read": lambda part: _read(part, where, parts)}
     try:
-        return TypeAdapter(known[name]).validate_json(json.dumps(settings), strict=True)
+        return TypeAdapter(known[name]).validate_json(json.dumps(settings), strict=True, context=context)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

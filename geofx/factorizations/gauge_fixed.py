@@ -136,7 +136,8 @@ class GaugeFixed:
             Transformation("expand", ("spanning outputs",), "other outputs"),
             Transformation("direct_sum", ("spanning outputs", "other outputs"), "output"),
         )
-        return GeometricForm(spaces, steps)
+        reordered = (Transformation("permute", ("output",), "output"),) if self.rows == "pivoted" else ()
+        return GeometricForm(spaces, (*steps, *reordered))
 
 
 def _mix(left: Tensor, rows: list[int]) -> Tensor:
