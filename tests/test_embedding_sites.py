@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import geofx
 from geofx.analysis_store import StoredAnalysis, read_analysis, save_analysis
+from geofx.factorizations import Dense, GroupReduce, LowRank, TokenMPS
 from geofx.moments import Moments
 from geofx.objective import Custom, NextToken, SquaredError
 from geofx.passes.calibrate import calibrate
@@ -240,6 +242,49 @@ def test_predicted_loss_of_a_tied_table_is_that_measured() -> None:
             measured += (loss_of(model, weight + sign * noise, held) - loss_of(model, weight, held)) / 2
     loss_of(model, weight, held[:1])
     assert measured == pytest.approx(predicted / 2, rel=1 / 3)
+
+
+def test_one_product_stands_for_both_uses_of_a_trained_table() -> None:
+    """Rows that are read often are predicted often, so the two terms are nearly one, a few per cent apart."""
+    model, calibration, _ = trained()
+    program = program_of(model, calibration[0])
+    weight = program.weight(TABLE).detach().double()
+    metrics = MomentMetrics({TABLE: weight}, calibrate(program, calibration, NextToken()))
+    parts = metrics._table(TABLE), metrics._linear(TABLE)
+    exact = sum(torch.outer(part.output, part.input.flatten()) for part in parts)
+    product = torch.outer(metrics[TABLE].output, metrics[TABLE].input.flatten())
+    assert (product - exact).norm() < 0.1 * exact.norm()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    for rank in (8, 24, 48):
+        change = weight - (left[:, :rank] * values[:rank]) @ right[:rank]
+        both = sum(part.loss(change) for part in parts)
+        assert metrics[TABLE].loss(change) == pytest.approx(both, rel=0.05)
+
+
+FORMS = {
+    "llama": {TABLE: GroupReduce((32, 96), (30, 12))},
+    "bert": {
+        "embeddings.word_embeddings.weight": TokenMPS(64, 2),
+        "embeddings.position_embeddings.weight": LowRank(9),
+        "embeddings.token_type_embeddings.weight": LowRank(1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rewritten_tables_compute_what_their_dense_forms_do(name: str) -> None:
+    model = tiny_models.build(name)
+    analysis = geofx.analyze(model, [tiny_models.example(name, 3, 12, seed) for seed in range(4)])
+    plan = analysis.plan(geofx.Budget(size=1.0), formats=(Dense,)).edit(FORMS[name])
+    result = analysis.apply(plan)
+    inputs = tiny_models.example(name, 2, 9, 7)
+    with torch.no_grad():
+        for table in FORMS[name]:
+            rewrite = result.rewrites[table]
+            model.get_parameter(table).copy_(rewrite.factorization.to_dense(rewrite.factors))
+        expected, found = (run(**inputs)[0] for run in (model, result))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert result.report.optimized.size_bytes < result.report.original.size_bytes
 
 
 def loss_of(model: nn.Module, weight: Tensor, batches: list[dict[str, Tensor]]) -> float:
