@@ -43,6 +43,7 @@ class Case:
         flops: of one token of ``large`` through all sites; two per number stored where not given.
         applies: False where an embedding format is only looked up, never multiplied by.
         exact: relative error allowed in float64 where ``structured`` is recovered by iteration.
+        subspaces: how many ``large`` has, as the taxonomy counts them.
     """
 
     small: Factorization
@@ -53,6 +54,7 @@ class Case:
     flops: int | None = None
     exact: float = 1e-10
     applies: bool = True
+    subspaces: int = 2
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -85,20 +87,22 @@ CASES["low_rank-tied_embedding"] = Case(
     LowRank(3), LowRank(9), _rank(9), 1e-6, "tied_embedding", flops=2 * 9 * (20 + 24 + 20)
 )
 CASES["shared_basis"] = Case(
-    SharedBasis(3), SharedBasis(9), _rank(9, 3), 1e-6, "stack", flops=3 * 2 * 9 * (20 + 24)
+    SharedBasis(3), SharedBasis(9), _rank(9, 3), 1e-6, "stack", flops=3 * 2 * 9 * (20 + 24), subspaces=4
 )
 CASES["shared_weight"] = Case(
     SharedWeight(), SharedWeight(), (random(24, 20),) * 3, 1e-6, "stack", flops=3 * 2 * 480
 )
-CASES["activation_subspace"] = Case(ActivationSubspace(3), ActivationSubspace(20), _rank(20), 1e-6)
+CASES["activation_subspace"] = Case(
+    ActivationSubspace(3), ActivationSubspace(20), _rank(20), 1e-6, subspaces=1
+)
 CASES["activation_subspace-mse"] = Case(
-    ActivationSubspace(3, "mse"), ActivationSubspace(20, "mse"), _rank(20), 1e-6
+    ActivationSubspace(3, "mse"), ActivationSubspace(20, "mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-go_mse"] = Case(
-    ActivationSubspace(3, "go_mse"), ActivationSubspace(20, "go_mse"), _rank(20), 1e-6
+    ActivationSubspace(3, "go_mse"), ActivationSubspace(20, "go_mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-nl_mse"] = Case(
-    ActivationSubspace(3, "nl_mse"), ActivationSubspace(20, "nl_mse"), _rank(20), 1e-6
+    ActivationSubspace(3, "nl_mse"), ActivationSubspace(20, "nl_mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-shared_input"] = Case(
     ActivationSubspace(3),
@@ -107,6 +111,7 @@ CASES["activation_subspace-shared_input"] = Case(
     1e-6,
     "shared_input",
     flops=2 * 20 * (20 + 72),
+    subspaces=1,
 )
 
 
@@ -131,8 +136,9 @@ CASES["kronecker"] = Case(
     _kronecker(5),
     1e-6,
     flops=2 * 100 * (4 + 6),
+    subspaces=4,
 )
-CASES["monarch"] = Case(Monarch(1, 4), Monarch(2, 4), _blocks(2, 4, 4), 1e-6)
+CASES["monarch"] = Case(Monarch(1, 4), Monarch(2, 4), _blocks(2, 4, 4), 1e-6, subspaces=16)
 CASES["block_tensor_train"] = Case(
     BlockTensorTrain(1, (6, 4), (5, 4)), BlockTensorTrain(2, (6, 4), (5, 4)), _blocks(2, 4, 5), 1e-6
 )
@@ -156,6 +162,7 @@ CASES["tensor_train"] = Case(
     (_tensor_train(*_FOLDS, (8, 3)),),
     1e-5,
     flops=2 * (10 * 3 * 2 * 2 + 5 * (8 * 3) * (2 * 3) * 2 + 4 * (5 * 8) * 6),
+    subspaces=3,
 )
 CASES["tensor_train-stack"] = Case(
     TensorTrain((24, 1), (1, 20), (3, 2)),
@@ -164,9 +171,10 @@ CASES["tensor_train-stack"] = Case(
     1e-5,
     "stack",
     flops=3 * 2 * (20 * 5 + 5 * 6 + 6 * 24),
+    subspaces=5,
 )
 CASES["tensor_train-embedding"] = Case(
-    *_PADDED, (_tensor_train((3, 3, 3), (5, 2, 2), (8, 3)),), 1e-5, "embedding", flops=_LOOKUP
+    *_PADDED, (_tensor_train((3, 3, 3), (5, 2, 2), (8, 3)),), 1e-5, "embedding", flops=_LOOKUP, subspaces=3
 )
 CASES["tensor_train-tied_embedding"] = Case(
     *_PADDED,
@@ -174,12 +182,19 @@ CASES["tensor_train-tied_embedding"] = Case(
     1e-5,
     "tied_embedding",
     flops=_LOOKUP + 2 * (10 * 3 * 3 * 2 + 5 * (8 * 3) * (2 * 3) * 3 + 3 * (5 * 8) * 9),
+    subspaces=3,
 )
 
 _BLOCKS = (10, 14)
 _RANKS = 2 * 18 * 20
 CASES["group_reduce"] = Case(
-    GroupReduce(_BLOCKS, (4, 2)), GroupReduce(_BLOCKS, (9, 9)), _rank(9), 1e-6, "embedding", flops=_RANKS
+    GroupReduce(_BLOCKS, (4, 2)),
+    GroupReduce(_BLOCKS, (9, 9)),
+    _rank(9),
+    1e-6,
+    "embedding",
+    flops=_RANKS,
+    subspaces=4,
 )
 CASES["group_reduce-tied_embedding"] = Case(
     GroupReduce(_BLOCKS, (4, 2)),
@@ -188,6 +203,7 @@ CASES["group_reduce-tied_embedding"] = Case(
     1e-6,
     "tied_embedding",
     flops=2 * _RANKS + 2 * 9 * 24,
+    subspaces=4,
 )
 CASES["group_reduce-exchanges"] = Case(
     GroupReduce(_BLOCKS, (4, 2), 2),
@@ -196,6 +212,7 @@ CASES["group_reduce-exchanges"] = Case(
     1e-6,
     "embedding",
     flops=_RANKS,
+    subspaces=4,
 )
 
 
@@ -215,6 +232,7 @@ for _weighting in ("two_sided", "none"):
         "embedding",
         flops=2 * (4 * 2 * 4 + 8 * 2 * 4),
         applies=False,
+        subspaces=3,
     )
 
 
@@ -232,6 +250,7 @@ CASES["tucker"] = Case(
     (_tucker((5, 3, 4, 3)),),
     1e-5,
     flops=2 * (5 * 4 * 3 + 5 * 4 * 3 + 12 * 15 + 6 * 5 * 3 + 6 * 3 * 4),
+    subspaces=5,
 )
 CASES["tucker-stack"] = Case(
     Tucker((24,), (20,), (1, 3, 3)),
@@ -245,6 +264,7 @@ CASES["tucker-stack"] = Case(
     1e-5,
     "stack",
     flops=3 * 2 * (20 * 5 + 5 * 2 * 6 + 2 * 6 + 6 * 24),
+    subspaces=4,
 )
 
 
@@ -256,7 +276,13 @@ def _cp(rank: int) -> Tensor:
 
 
 CASES["cp"] = Case(
-    CP(2, (6, 4), (20,)), CP(5, (6, 4), (20,)), (_cp(5),), 1e-5, flops=2 * 5 * (20 + 24), exact=1e-7
+    CP(2, (6, 4), (20,)),
+    CP(5, (6, 4), (20,)),
+    (_cp(5),),
+    1e-5,
+    flops=2 * 5 * (20 + 24),
+    exact=1e-7,
+    subspaces=3,
 )
 
 
@@ -274,8 +300,10 @@ def _with_rows(rank: int, rows: int) -> tuple[Tensor]:
     return (weight,)
 
 
-CASES["butterfly"] = Case(Butterfly(2, 1), Butterfly(2, 4), _butterfly(2, 4), 1e-6)
-CASES["low_rank_plus_sparse"] = Case(LowRankPlusSparse(2, 1), LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6)
+CASES["butterfly"] = Case(Butterfly(2, 1), Butterfly(2, 4), _butterfly(2, 4), 1e-6, subspaces=8)
+CASES["low_rank_plus_sparse"] = Case(
+    LowRankPlusSparse(2, 1), LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6, subspaces=3
+)
 
 
 def _blocks(heads: int, dim: int, whole: int) -> Tensor:
@@ -297,6 +325,7 @@ CASES["block_term"] = Case(
     (_blocks(4, 6, 20),),
     1e-6,
     flops=2 * 2 * (20 * 4 + 4 * 4 + 2 * 2 * 6 + 4 * 2 * 6),
+    subspaces=8,
 )
 CASES["block_term-inputs"] = Case(
     BlockTerm(-4, 1, (2, 2, 4)),
@@ -304,4 +333,5 @@ CASES["block_term-inputs"] = Case(
     (_blocks(4, 5, 24).T.contiguous(),),
     1e-6,
     flops=2 * 2 * (24 * 4 + 4 * 4 + 2 * 2 * 5 + 4 * 2 * 5),
+    subspaces=8,
 )

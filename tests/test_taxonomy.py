@@ -80,6 +80,25 @@ def test_the_example_is_the_setting_nearest_to_half_the_numbers(table: dict[str,
     assert table["dense"].numbers == table["linear"].numbers == 48 * 48
 
 
+def form_of(name: str) -> GeometricForm:
+    return CASES[name].large.geometry(random_analysis(CASES[name]).region)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_has_as_many_subspaces_as_the_taxonomy_counts(name: str) -> None:
+    assert form_of(name).count == CASES[name].subspaces
+
+
+def test_the_counts_are_those_of_the_papers_table() -> None:
+    """SVD 2, Kronecker 4, two per block, CP one per order, Tucker one more, trains one per core, ESPACE 1."""
+    counts = {name: case.subspaces for name, case in CASES.items()}
+    assert (counts["low_rank"], counts["kronecker"], counts["activation_subspace"]) == (2, 4, 1)
+    assert counts["monarch"] == 2 * (4 + 4), "four blocks in each of two factors"
+    assert counts["butterfly"] == 2 * (2 + 2), "two blocks in each of two levels"
+    assert (counts["cp"], counts["tucker"]) == (3, 4 + 1), "three orders; four orders and the core"
+    assert (counts["tensor_train"], counts["block_tensor_train"], counts["token_mps"]) == (3, 2, 3)
+
+
 def unknown_sources(form: GeometricForm) -> Iterator[str]:
     known = {space.name for space in form.subspaces}
     for step in form.transformations:
@@ -90,7 +109,7 @@ def unknown_sources(form: GeometricForm) -> Iterator[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_transformations_start_from_what_is_there(name: str) -> None:
     """Sources are subspaces or targets of earlier steps, names are unique, and every subspace is used."""
-    form = CASES[name].large.geometry(random_analysis(CASES[name]).region)
+    form = form_of(name)
     assert not list(unknown_sources(form))
     names = Counter(space.name for space in form.subspaces)
     assert max(names.values()) == 1
