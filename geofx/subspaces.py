@@ -42,12 +42,14 @@ def compose(*vectors: Tensor) -> Tensor:
 
 def contract(one: Tensor, other: Tensor) -> Tensor:
     """Absorb the order that both share: the last of ``one``, the first of ``other``."""
-    return torch.tensordot(one, other, dims=1)
+    absorbed: Tensor = torch.tensordot(one, other, dims=1)
+    return absorbed
 
 
 def resize(tensor: Tensor, order: int, matrix: Tensor) -> Tensor:
     """One order of ``tensor`` carried to another size by contraction with ``matrix`` (new, old)."""
-    return torch.tensordot(matrix, tensor, dims=([1], [order])).movedim(0, order)
+    resized: Tensor = torch.tensordot(matrix, tensor, dims=([1], [order]))
+    return resized.movedim(0, order)
 
 
 def principal_axes(weight: Tensor, dim: int) -> tuple[Basis, Tensor, Basis]:

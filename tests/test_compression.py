@@ -50,10 +50,9 @@ def test_the_figures_of_a_result_from_its_tensors(result: geofx.OptimizedModel) 
     certificate = result.certify(1.0, 10.0, 0.0)
     fdl, acc, ratio = (condition.reached for condition in certificate.conditions)
     eager = result.to_module().requires_grad_(False)
-    before = dict(result.module.named_parameters())
-    numbers = (
-        sum(tensor.numel() for tensor in before.values()) + 8
-    )  # rotary frequencies, a buffer of the graph
+    before = {name: tensor.detach() for name, tensor in result.module.named_parameters()}
+    frequencies = 8  # of the rotary embedding: a buffer that the graph reads
+    numbers = sum(tensor.numel() for tensor in before.values()) + frequencies
     difference = sum(
         float((eager.get_submodule(weight.rpartition(".")[0]).weight.double() - before[weight]).abs().sum())
         for factored in result.rewrites.values()
@@ -62,7 +61,7 @@ def test_the_figures_of_a_result_from_its_tensors(result: geofx.OptimizedModel) 
     assert fdl == pytest.approx(difference / numbers, rel=1e-9)
     assert fdl == result.fidelity.parameter_mae > 0.0
     stored = sum(int(torch.count_nonzero(tensor)) for _, tensor in result.program.tensors())
-    total = sum(int(torch.count_nonzero(tensor)) for tensor in before.values()) + 8
+    total = sum(int(torch.count_nonzero(tensor)) for tensor in before.values()) + frequencies
     assert ratio == (total - stored) / stored > 0.0
     assert (certificate.parameters_before, certificate.parameters_after) == (total, stored)
     losses, terms = 0.0, 0
