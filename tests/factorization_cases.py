@@ -18,6 +18,7 @@ from geofx.factorizations import (
     Factorization,
     GaugeFixed,
     GroupReduce,
+    Hybrid,
     Kronecker,
     LowRank,
     LowRankPlusSparse,
@@ -334,4 +335,20 @@ CASES["block_term-inputs"] = Case(
     1e-6,
     flops=2 * 2 * (24 * 4 + 4 * 4 + 2 * 2 * 5 + 4 * 2 * 5),
     subspaces=8,
+)
+CASES["hybrid"] = Case(
+    Hybrid(TensorTrain((6, 4), (5, 4), (1,)), LowRank(2)),
+    Hybrid(TensorTrain((6, 4), (5, 4), (2,)), LowRank(9)),
+    _rank(9),
+    1e-6,
+    flops=2 * (2 * (80 + 120) + 9 * 44),
+    subspaces=2 + 2,
+)
+CASES["hybrid-indexed"] = Case(
+    Hybrid(LowRankPlusSparse(1, 1), Kronecker(1, (6, 4), (5, 4))),
+    Hybrid(LowRankPlusSparse(2, 3), Kronecker(2, (6, 4), (5, 4))),
+    _kronecker(2),
+    1e-6,
+    flops=2 * (2 * 41 + 3 * 20) + 2 * 40 * (4 + 6),
+    subspaces=3 + 4,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,10 +81,12 @@ __all__ = [
 
 
 def to_json(factorization: Factorization) -> dict[str, Any]:
-    """``{"name": "low_rank", "rank": 64, ...}``, nested where a setting is a format; inverse of `from_json`."""
-    settings = {field.name: getattr(factorization, field.name) for field in fields(factorization)}  # type: ignore[arg-type]
-    plain = {key: to_json(value) if is_dataclass(value) else value for key, value in settings.items()}
-    return {"name": factorization.name, **plain}
+    """``{"name": "low_rank", "rank": 64, ...}``, nested where a setting is a format; see `from_json`."""
+    data: dict[str, Any] = {"name": factorization.name}
+    for field in fields(factorization):  # type: ignore[arg-type]
+        value = getattr(factorization, field.name)
+        data[field.name] = to_json(value) if isinstance(value, Factorization) else value
+    return data
 
 
 def from_json(data: dict[str, Any], where: str = "") -> Factorization:
