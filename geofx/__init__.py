@@ -8,6 +8,7 @@ _ROOT = Path(__file__).parent.parent
 if (_ROOT / "pyproject.toml").is_file():  # run from a checkout: passes/ and cost_models/ lie beside geofx/
     __path__.append(str(_ROOT))
 
+from geofx import recipes  # noqa: E402
 from geofx.analysis import Analysis  # noqa: E402
 from geofx.api import analyze, load_analysis, optimize  # noqa: E402
 from geofx.budget import Budget  # noqa: E402
@@ -34,5 +35,6 @@ __all__ = [
     "load",
     "load_analysis",
     "optimize",
+    "recipes",
     "trace",
 ]

@@ -18,6 +18,8 @@ from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.choice import Totals
+from geofx.compare_run import compare_analysis
+from geofx.comparison import Comparison
 from geofx.compression import parameter_mae
 from geofx.errors import ConfigError, NumericsError, VerificationError
 from geofx.factorizations import Factored, Factorization, Factors
@@ -150,6 +152,10 @@ class Analysis:
                 f"{len(failures)} regions cannot be fitted: {why}", where=name, fix="edit the plan"
             )
         return self.finish(plan, rewrites, holdout)
+
+    def compare(self, keep: float | Iterable[float] = 0.8, **settings: Any) -> Comparison:
+        """Every format and published method at equal bytes; ``settings`` are those of `geofx.compare`."""
+        return compare_analysis(self, keep, **settings)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write moments, spectra and held-out batches for `geofx.load_analysis`; no weights, no code."""

@@ -26,6 +26,7 @@ COMMANDS = [
 
 def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("out").mkdir()
     names: dict[str, object] = {
         "model": tiny_models.build("qwen3"),
