@@ -53,7 +53,7 @@ class Figures:
         loss_increase: measured on held-out batches.
         loss: of the rewritten model on them; None where the loss is a difference itself.
         kl: mean KL(original ‖ rewritten) of the next token, in nats; None without tokens.
-        fit_s: seconds that its fits took, summed over regions.
+        fit_s: seconds that its fits took, summed over regions; spectra that the analysis holds are not in it.
         latency: engine -> medians.
     """
 
