@@ -45,7 +45,7 @@ class GroupReduce:
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
-        """Blocks that halve while they have as many rows as columns; ranks that gain most per number."""
+        """Blocks that halve down to half as many rows as columns; ranks that gain most per number."""
         rows, columns = region.shape
         sizes = halved(rows, columns)
         if len(sizes) < 2 or columns < 2:
@@ -140,12 +140,12 @@ class GroupReduce:
 
 
 def halved(rows: int, columns: int) -> tuple[int, ...]:
-    """``rows`` cut at a half, a quarter, an eighth .. as long as every block has ``columns`` rows; ascending.
+    """``rows`` cut at a half, a quarter, .. while every block has half as many as ``columns``; ascending.
 
-    ``halved(1000, 100) == (125, 125, 250, 500)``.
+    ``halved(1000, 200) == (125, 125, 250, 500)``.
     """
     sizes: list[int] = []
-    while rows // 2 >= max(2, columns):
+    while rows // 2 >= max(2, columns // 2):
         sizes.insert(0, rows - rows // 2)
         rows //= 2
     return (rows, *sizes)
