@@ -37,6 +37,7 @@ from geofx.plan import Plan
 from geofx.planner import choose
 from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
+from geofx.region import TABLES
 from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.stages import Stages
@@ -49,6 +50,7 @@ EDITED, CLOSEST = "edited", "closest"
 """Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
 
 Rewrites = dict[str, Factored]
+Formats = tuple[type[Factorization], ...] | None
 
 
 @dataclass(eq=False)
@@ -82,7 +84,7 @@ class Analysis:
     def __post_init__(self) -> None:
         self.model_hash = hash_tensors(self.original.tensors())
         self.flops_per_token, self._rows_per_token = count_flops(self.program)
-        self._options: dict[tuple[type[Factorization], ...] | None, tuple[list[Option], list[Skip]]] = {}
+        self._options: dict[tuple[Formats, bool], tuple[list[Option], list[Skip]]] = {}
 
     def plan(
         self,
@@ -99,6 +101,9 @@ class Analysis:
         format) to the reason why it must not be taken. ``formats`` are those to choose from, each fitted
         where it has no closed form; by default all that `geofx.screening` finds worth a fit.
 
+        Tables (embeddings) are rewritten only where ``include`` matches them, as ``"*"`` does: what is
+        predicted for rows that calibration has hardly read is an extrapolation, and can be far too low.
+
         Raises:
             BudgetInfeasibleError: carries the smallest plan.
             ConfigError: a pattern matches nothing, or the budget needs losses that were not measured.
@@ -108,13 +113,22 @@ class Analysis:
                 f"a budget for the loss needs its gradients; this analysis measures {self.moments.unit}",
                 fix="analyze with mode='two_sided'",
             )
-        options, skips = self._priced(None if formats is None else tuple(formats))
+        members = None if formats is None else tuple(formats)
+        options, skips = self._priced(members, tables=False)
+        if include:
+            more, without = self._priced(members, tables=True)
+            options, skips = [*options, *more], [*skips, *without]
         allowed = self._allowed(include or (), ignore)
         barred = refused or {}
         ignored = [
             Skip(name, "IGNORED", "left out by include / ignore")
             for name, analysis in self.regions.items()
             if not allowed.issuperset(analysis.region.weights)
+        ]
+        unnamed = [
+            Skip(name, "NOT_NAMED", "a table is rewritten where include= names it: see Analysis.plan")
+            for name, analysis in self.regions.items()
+            if analysis.region.kind in TABLES and not include and name in allowed
         ]
         failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in barred.items()]
         kept = [
@@ -131,7 +145,7 @@ class Analysis:
                 kept,
                 budget,
                 self._fixed(options),
-                skips=(*self.skips, *skips, *ignored, *failed),
+                skips=(*self.skips, *skips, *ignored, *unnamed, *failed),
                 model_hash=self.model_hash,
                 unit=self.moments.unit,
             )
@@ -246,11 +260,12 @@ class Analysis:
         seen = self.holdout_is_calibration and held is self.holdout
         return replace(found, data=SEEN) if seen else found
 
-    def _priced(self, formats: tuple[type[Factorization], ...] | None) -> tuple[list[Option], list[Skip]]:
-        if formats not in self._options:
+    def _priced(self, formats: Formats, tables: bool) -> tuple[list[Option], list[Skip]]:
+        if (formats, tables) not in self._options:
+            chosen = [item for item in self.regions.values() if (item.region.kind in TABLES) == tables]
             with self.stages("price options"):
-                self._options[formats] = list_options(self.regions.values(), formats, self._rows_per_token)
-        return self._options[formats]
+                self._options[formats, tables] = list_options(chosen, formats, self._rows_per_token)
+        return self._options[formats, tables]
 
     def _fixed(self, options: Iterable[Option]) -> Totals:
         """What the model stores and computes outside the regions."""

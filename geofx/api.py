@@ -213,7 +213,7 @@ def optimize(
     A factorization that turns out not to fit is refused and the plan made again without it.
 
     Args:
-        include: patterns of the weights that may be rewritten; by default all.
+        include: patterns of the weights that may be rewritten; by default all but tables (`Analysis.plan`).
         ignore: patterns of weights that may not; a pattern that matches nothing is an error.
 
     Raises:

@@ -56,10 +56,8 @@ def list_options(
         rows_per_token: how often a weight is used per token of the model (2 for a layer called twice, less
             than 1 for one that sees a sequence once); 1 where it says nothing.
     """
-    every, asked = (
-        list(analyses),
-        tuple(dict.fromkeys((Dense, *(FACTORIZATIONS if formats is None else formats)))),
-    )
+    every, named = list(analyses), FACTORIZATIONS if formats is None else tuple(formats)
+    asked: tuple[type[Factorization], ...] = tuple(dict.fromkeys((Dense, *named)))
     rows = rows_per_token or {}
     options: list[Option] = []
     skips: list[Skip] = []
@@ -78,16 +76,14 @@ def list_options(
         return options, skips
     screen = _screen(every, options)
     for member, kind in product(open_forms, screen.smallest):
-        if kind in member.regions:
-            refusal = screen.refusal(member, kind)
-            if refusal is None:
-                logger.info("%s joins the plan in %s regions", member.name, kind)
-                add(
-                    [member],
-                    [item for item in every if screen.covers(item.region) and item.region.kind == kind],
-                )
-            else:
-                skips.append(Skip(f"{kind} regions", "SCREENED", f"{member.name} {refusal}"))
+        if kind not in member.regions:
+            continue
+        refusal = screen.refusal(member, kind)
+        if refusal is None:
+            logger.info("%s joins the plan in %s regions", member.name, kind)
+            add([member], [item for item in every if screen.covers(item.region)])
+        else:
+            skips.append(Skip(f"{kind} regions", "SCREENED", f"{member.name} {refusal}"))
     return options, skips
 
 

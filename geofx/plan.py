@@ -201,6 +201,8 @@ class Plan:
                 if weight not in owner:
                     whole = known.get(weight) or choice.part(weight)
                     choices.append(priced(whole, Dense(), choice.rows_per_token))
+        placed = {done.region for done in choices}
+        choices += [priced(known[name], changes[name], 1.0) for name in changes if name not in placed]
         require_disjoint(choices, {})
         return self._with(choices, SolverReport("edited"))
 

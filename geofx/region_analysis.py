@@ -54,7 +54,7 @@ class Metric:
         """G M for a matrix of out rows."""
         if not self.blocks:
             return on_left(self.output, matrix)
-        parts = matrix.split([len(block) for block in self.blocks])
+        parts = torch.split(matrix, [len(block) for block in self.blocks])
         return torch.cat([on_left(block, part) for block, part in zip(self.blocks, parts, strict=True)])
 
     def gradient(self, change: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]
     if matrix.dim() == 1:
         root = matrix.double().clamp_min(0.0).sqrt()
         return root.diag(), torch.where(root > 0, 1.0 / root, 0.0).diag()
-    return _recent_roots(matrix, f"second moment at {what}")
+    root, inverse = _recent_roots(matrix, f"second moment at {what}")
+    return root, inverse
 
 
 class Recent:

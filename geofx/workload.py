@@ -114,8 +114,10 @@ def _use(
         return [factorization.apply(x, named, site) for site in range(len(shapes))]
 
     if kind == "shared_input":
-        traced = CSEPass()(make_fx(apply)(x, *factors.values())).graph_module
-        return lambda: traced(x, *factors.values())
+        traced = make_fx(apply)(x, *factors.values())
+        merged = CSEPass()(traced)
+        once = traced if merged is None else merged.graph_module
+        return lambda: once(x, *factors.values())
     if kind == "embedding":
         return lambda: factorization.lookup(ids, factors)
     if kind == "tied_embedding":

@@ -275,7 +275,7 @@ FORMS = {
 def test_rewritten_tables_compute_what_their_dense_forms_do(name: str) -> None:
     model = tiny_models.build(name)
     analysis = geofx.analyze(model, [tiny_models.example(name, 3, 12, seed) for seed in range(4)])
-    plan = analysis.plan(geofx.Budget(size=1.0), formats=(Dense,)).edit(FORMS[name])
+    plan = analysis.plan(geofx.Budget(size=1.0), include="*", formats=(Dense,)).edit(FORMS[name])
     result = analysis.apply(plan)
     inputs = tiny_models.example(name, 2, 9, 7)
     with torch.no_grad():

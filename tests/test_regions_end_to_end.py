@@ -102,9 +102,18 @@ def test_exports_are_checked_and_hold_the_factors_only(result: geofx.OptimizedMo
     result.to_torchscript(tmp_path / "model.pt")
 
 
+def test_tables_stay_whole_unless_they_are_named(analysis: geofx.Analysis) -> None:
+    budget, table = geofx.Budget(parameters=0.75), "model.embed_tokens.weight"
+    plan = analysis.plan(budget)
+    assert table not in {choice.region for choice in plan.choices}
+    assert "NOT_NAMED" in {item.reason for item in plan.rejections if item.region == table}
+    assert table in {choice.region for choice in analysis.plan(budget, include="*").choices}
+    assert {choice.region for choice in analysis.plan(budget, include=table).rewritten} <= {table}
+
+
 def test_a_plan_of_its_own_accord(analysis: geofx.Analysis) -> None:
     """Overlapping regions in one exact plan: every weight is rewritten at most once."""
-    plan = analysis.plan(geofx.Budget(parameters=0.7), formats=[LowRank, SharedBasis])
+    plan = analysis.plan(geofx.Budget(parameters=0.7), include="*", formats=[LowRank, SharedBasis])
     weights = [weight for choice in plan.choices for weight in choice.weights]
     assert len(weights) == len(set(weights)) == 15
     assert any(choice.kind in ("shared_input", "stack") for choice in plan.rewritten)
