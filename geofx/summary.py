@@ -105,7 +105,8 @@ def _rows(analysis: Analysed, plan: Plan) -> Iterable[RegionRow]:
             f"{rejection.reason}: {rejection.factorization} {rejection.detail}".strip()
         )
     for choice in plan.choices:
-        spectrum = analysis.regions[choice.region].spectrum if choice.region in analysis.regions else None
+        found = analysis.regions.get(choice.region)
+        spectrum = found.spectrum if found is not None and choice.kind != "stack" else None
         yield _row(choice, tuple(refused[choice.region]), spectrum)
 
 
