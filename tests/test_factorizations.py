@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -243,6 +244,28 @@ def test_row_74_scale_does_not_matter(scale: float) -> None:
     fitted, factors = LowRank(20).fit(analysis.weights, analysis)
     error = (fitted.to_dense(factors).double() - weight.double()).norm() / weight.double().norm()
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-12])
+def test_row_74_the_unit_of_the_metric_does_not_matter(case: Case, unit: float) -> None:
+    analysis = random_analysis(case)
+    moved = {
+        name: Metric(metric.input, None if metric.output is None else unit * metric.output)
+        for name, metric in analysis.metrics.items()
+    }
+    expected = case.small.predicted_loss(analysis.region, analysis)
+    actual = case.small.predicted_loss(analysis.region, replace(analysis, metrics=moved)) / unit
+    assert actual == pytest.approx(expected, rel=1e-2)
+
+
+def test_row_73_every_format_fits_a_weight_of_zeros(case: Case) -> None:
+    if case.small.name == "gauge_fixed":
+        pytest.skip("it says that no rows span the others")
+    random = random_analysis(case)
+    zeros = {name: torch.zeros_like(weight) for name, weight in random.weights.items()}
+    analysis = replace(random, weights=zeros)
+    fitted, factors = case.small.fit(zeros, analysis)
+    assert not fitted.to_dense(factors).any()
 
 
 def test_row_72_factors_of_a_large_half_weight_stay_finite_because_they_are_balanced() -> None:

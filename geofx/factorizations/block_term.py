@@ -186,9 +186,9 @@ class _Frame:
     @classmethod
     def of(cls, tensor: Tensor, folded: Tensor | None, whole: Tensor | None) -> _Frame:
         heads, dim, size = tensor.shape
-        moment = full(folded, heads * dim)
+        moment, other = _of_unit_mean(full(folded, heads * dim)), _of_unit_mean(full(whole, size))
         parts = moment.reshape(heads, dim, heads, dim)
-        moments = torch.einsum("idjd->ij", parts), torch.einsum("hihj->ij", parts), full(whole, size)
+        moments = torch.einsum("idjd->ij", parts), torch.einsum("hihj->ij", parts), other
         roots, inverses = zip(*(root_and_inverse(part) for part in moments), strict=True)
         unmixed = torch.kron(inverses[0], inverses[1])
         return cls(tensor, _multiplied(tensor, roots), unmixed @ moment @ unmixed, roots, inverses)
@@ -197,6 +197,11 @@ class _Frame:
         """The quadratic form of what ``factors`` miss."""
         change = self.target.flatten(0, 1) - _sum(factors)
         return float((change * (self.form @ change)).sum())
+
+
+def _of_unit_mean(moment: Tensor) -> Tensor:
+    """A moment over the mean of its diagonal, so that its unit does not reach the factors' entries."""
+    return moment / (float(moment.diagonal().mean()) or 1.0)
 
 
 def _sum(factors: Factors) -> Tensor:

@@ -156,7 +156,9 @@ def alternate(tensor: Tensor, start: list[Tensor], sweeps: int) -> tuple[list[Te
             gram = math.prod(part.T @ part for part in others)
             pull = PROXIMITY * float(gram.diagonal().mean())
             correlated = _correlate(tensor, others, mode)
-            chol = torch.linalg.cholesky(gram + pull * torch.eye(len(gram), dtype=gram.dtype))
+            chol, info = torch.linalg.cholesky_ex(gram + pull * torch.eye(len(gram), dtype=gram.dtype))
+            if info:
+                return best, least
             new = torch.cholesky_solve((correlated + pull * old).T, chol).T
             factors = [*others[:mode], new, *others[mode:]]
         error = total - 2 * float((correlated * new).sum()) + float(((new.T @ new) * gram).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,7 @@ def refine(
     Returns:
         The refined factors; the start itself where rounding ate the gain.
     """
+    gradient = _of_unit_size(gradient, target)
     factors = {name: part.detach().clone() for name, part in start.items()}
     first = target - dense(factors)
     pulled = gradient(first)
@@ -62,6 +64,15 @@ def refine(
     final = target - dense(factors)
     before, after = (float((change * gradient(change)).sum()) for change in (first, final))
     return factors if after < before else dict(start)
+
+
+def _of_unit_size(operator: Operator, at: Tensor) -> Operator:
+    """The operator over a power of two near its size: squares of steps stay within float32 in any unit."""
+    size = float(operator(at).abs().max()) / (float(at.abs().max()) or 1.0)
+    if not 0.0 < size < math.inf:
+        return operator
+    scale = 2.0 ** -math.frexp(size)[1]
+    return lambda vector: scale * operator(vector)
 
 
 def _same(vector: Tensor) -> Tensor:
@@ -89,6 +100,7 @@ def _update(
         return part
 
     moved, slope = value.detach(), transposed(pulled)
+    inverse = _of_unit_size(inverse, slope)
     direction = inverse(slope)
     energy = float((slope * direction).sum())
     for _ in range(steps):
