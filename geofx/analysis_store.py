@@ -155,6 +155,7 @@ def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
         whole = value.dim() == 2
         found[f"{'output' if whole else 'output_diagonal'}/{key}"] = pack_symmetric(value) if whole else value
     found |= {f"lookup/{key}": value for key, value in moments.lookups.items()}
+    found |= {f"lookup_batches/{key}": value for key, value in moments.lookup_batches.items()}
     found |= {f"lookup_output/{key}": pack_symmetric(value) for key, value in moments.lookup_outputs.items()}
     found |= {f"direction/{key}": pack_symmetric(value) for key, value in moments.directions.items()}
     found |= {f"spectrum/{name}": torch.from_numpy(value.squares) for name, value in analysis.spectra.items()}
@@ -209,6 +210,7 @@ def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
         input_of=meta.input_of,
         tokens=meta.tokens,
         lookups=_group(stored, "lookup"),
+        lookup_batches=_group(stored, "lookup_batches"),
         lookup_outputs=_unpacked(_group(stored, "lookup_output")),
         directions=_unpacked(_group(stored, "direction")),
         loss_terms=meta.loss_terms,

@@ -34,6 +34,7 @@ class Moments:
         input_of: weight name -> input key, of weights that multiply.
         tokens: input key -> number of tokens seen.
         lookups: name of a table -> how often each row was looked up (vocabulary,).
+        lookup_batches: name of a table -> in how many batches each row was looked up (vocabulary,).
         lookup_outputs: name of a table -> G (dim, dim) at what was looked up, as ``outputs``.
         directions: input key -> E[x̄ x̄ᵀ] with x̄ = x / ‖x‖; empty unless asked for.
         loss_terms: number of loss terms that the gradients were summed over.
@@ -48,6 +49,7 @@ class Moments:
     input_of: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     lookups: Mapping[str, Tensor] = field(default_factory=dict)
+    lookup_batches: Mapping[str, Tensor] = field(default_factory=dict)
     lookup_outputs: Mapping[str, Tensor] = field(default_factory=dict)
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     loss_terms: int = 0

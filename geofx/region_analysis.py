@@ -291,7 +291,7 @@ class MomentMetrics(Mapping[str, Metric]):
     def _table(self, name: str) -> Metric:
         moments = self._moments
         gradient = _shrunk_output(moments.lookup_outputs.get(name), moments.loss_terms)
-        shares = lookup_shares(moments.lookups[name])
+        shares = lookup_shares(moments.lookups[name], moments.lookup_batches.get(name))
         if gradient is not None:
             return Metric(gradient, shares)
         size = Metric(None, shares).loss(self._weights[name])
@@ -308,14 +308,16 @@ def _shrunk_output(moment: Tensor | None, terms: int) -> Tensor | None:
     return None if moment is None else shrink(moment, sampling_share(moment, terms, OUTPUT_SHRINKAGE))
 
 
-def lookup_shares(counts: Tensor) -> Tensor:
+def lookup_shares(counts: Tensor, batches: Tensor | None = None) -> Tensor:
     """f = (1 - a) c / Σc + a / V: the share of tokens that read each of V rows, none of them free.
 
-    a = N₁ / Σc with N₁ rows read once is the chance that the next token is a new one (Good, 1953; Turing);
-    spread evenly as rows unread are nearly all that gain by it. At least the shrinkage of any output.
+    a is the chance that the next token is a new one: the share of tokens that no other token repeats (Good,
+    1953; Turing), or, as texts repeat themselves, that no other of several ``batches`` holds. It is spread
+    evenly, as rows unread are nearly all that gain by it, and is at least the shrinkage of any output.
     """
     total = counts.double().sum().clamp_min(1.0)
-    unread = min(1.0, max(OUTPUT_SHRINKAGE, float((counts == 1).sum() / total)))
+    lone = counts == 1 if batches is None or not (batches > 1).any() else batches == 1
+    unread = min(1.0, max(OUTPUT_SHRINKAGE, float((counts.double() * lone).sum() / total)))
     return counts.double() / total * (1.0 - unread) + unread / counts.numel()
 
 

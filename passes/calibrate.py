@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Recorder(fx.Interpreter):
         self.directions: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.lookups: dict[str, Tensor] = {}
+        self.lookup_batches: dict[str, Tensor] = {}
         self.lookup_gradients: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.terms, self.seen_rows = 0.0, 0
@@ -93,6 +95,7 @@ class Recorder(fx.Interpreter):
         for table in self.tables.values():
             rows, columns = table.shape
             self.lookups.setdefault(table.weight, _zeros(rows))
+            self.lookup_batches.setdefault(table.weight, _zeros(rows))
             if with_gradients:
                 self.lookup_gradients.setdefault(table.weight, _zeros(columns, columns))
 
@@ -116,7 +119,7 @@ class Recorder(fx.Interpreter):
         inputs = inputs_of(self.program, batch)
         self.mask = token_mask(batch | inputs)
         self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
-        self.counted: list[tuple[str, Tensor]] = []
+        self.counted: dict[str, list[Tensor]] = defaultdict(list)
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
             try:
@@ -128,8 +131,10 @@ class Recorder(fx.Interpreter):
                 seed, terms = self.objective.gradient_seed(output, batch | inputs)
         for (key, _), x in self.captured.items():
             self._add_input(key, x)
-        for weight, ids in self.counted:
-            self.lookups[weight] += ids.bincount(minlength=self.lookups[weight].numel())
+        for weight, parts in self.counted.items():
+            counts = torch.cat(parts).bincount(minlength=self.lookups[weight].numel())
+            self.lookups[weight] += counts
+            self.lookup_batches[weight] += counts > 0
         self.captured = {}
         if self.with_gradients:
             self.terms += terms
@@ -208,7 +213,7 @@ class Recorder(fx.Interpreter):
         """Count the rows that unmasked tokens read; ids given once for a whole batch count for each row."""
         if ids.dim() > 1 and ids.shape[0] == 1:
             ids = ids.expand(self.rows, *ids.shape[1:])
-        self.counted.append((weight, self._valid(ids.unsqueeze(-1)).flatten()))
+        self.counted[weight].append(self._valid(ids.unsqueeze(-1)).flatten())
 
     def _add_gradient(self, total: Tensor, weight: str, gradient: Tensor) -> None:
         rows = _wide(self._valid(gradient.detach()))
@@ -240,6 +245,7 @@ class Recorder(fx.Interpreter):
             means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
             outputs=self._finished(self.gradients),
             lookups=self.lookups,
+            lookup_batches=self.lookup_batches,
             lookup_outputs=self._finished(self.lookup_gradients),
             directions=self._means(self.directions),
             input_of={name: site.input for name, site in sites.items()},

@@ -89,6 +89,8 @@ def test_counts_are_those_of_the_tokens_that_are_not_padding(mode: Any) -> None:
     valid = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
     assert torch.equal(moments.lookups[TABLE], valid.bincount(minlength=128).double())
     assert moments.tokens_at(TABLE) == valid.numel()
+    counts = [batch["input_ids"][batch["attention_mask"].bool()].bincount(minlength=128) for batch in batches]
+    assert torch.equal(moments.lookup_batches[TABLE], (torch.stack(counts) > 0).sum(0).double())
     assert (TABLE in moments.lookup_outputs) == (mode == "two_sided")
 
 
@@ -164,7 +166,7 @@ def test_all_moments_are_saved_and_loaded(tmp_path: Any) -> None:
     _, moments = moments_of("llama", batches, directions=True)
     stored = StoredAnalysis("hash", moments, {}, batches[0], batches, False, NextToken())
     again = read_analysis(save_analysis(stored, tmp_path / "analysis")).moments
-    for field in ("inputs", "outputs", "means", "lookups", "lookup_outputs", "directions"):
+    for field in ("inputs", "outputs", "means", "lookups", "lookup_batches", "lookup_outputs", "directions"):
         before, after = getattr(moments, field), getattr(again, field)
         assert before.keys() == after.keys()
         assert before
@@ -176,6 +178,9 @@ def test_shares_are_counts_with_the_chance_of_a_new_token_spread_over_all() -> N
     shares = lookup_shares(counts)
     torch.testing.assert_close(shares, 0.96 * counts.double() / 100 + 0.04 / 10)
     assert float(shares.sum()) == pytest.approx(1.0)
+    batches = torch.tensor([2.0, 2, 1, 1, 1, 1, 1, 0, 0, 0])
+    torch.testing.assert_close(lookup_shares(counts, batches), 0.9 * counts.double() / 100 + 0.1 / 10)
+    torch.testing.assert_close(lookup_shares(counts, batches.clamp(max=1)), shares)
     settled = lookup_shares(torch.tensor([50.0, 50, 0, 0]))
     assert settled[2] == pytest.approx(0.01 / 4), "never free, even where no token was read once only"
 
