@@ -8,27 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from geofx.factorizations import (
-    CP,
-    ActivationSubspace,
-    BlockTensorTrain,
-    BlockTerm,
-    Butterfly,
-    Dense,
-    Factorization,
-    GaugeFixed,
-    GroupReduce,
-    Hybrid,
-    Kronecker,
-    LowRank,
-    LowRankPlusSparse,
-    Monarch,
-    SharedBasis,
-    SharedWeight,
-    TensorTrain,
-    TokenMPS,
-    Tucker,
-)
+from geofx import factorizations as f
 from geofx.region import RegionKind
 
 
@@ -47,8 +27,8 @@ class Case:
         subspaces: how many ``large`` has, as the taxonomy counts them.
     """
 
-    small: Factorization
-    large: Factorization
+    small: f.Factorization
+    large: f.Factorization
     structured: tuple[Tensor, ...]
     tolerance: float
     kind: RegionKind = "single"
@@ -69,45 +49,45 @@ def _rank(rank: int, sites: int = 1) -> tuple[Tensor, ...]:
 
 
 CASES: dict[str, Case] = {
-    "dense": Case(Dense(), Dense(), _rank(20), 0.0),
-    "low_rank": Case(LowRank(3), LowRank(9), _rank(9), 1e-6),
-    "gauge_fixed": Case(GaugeFixed(3), GaugeFixed(11), _rank(11), 5e-5),
+    "dense": Case(f.Dense(), f.Dense(), _rank(20), 0.0),
+    "low_rank": Case(f.LowRank(3), f.LowRank(9), _rank(9), 1e-6),
+    "gauge_fixed": Case(f.GaugeFixed(3), f.GaugeFixed(11), _rank(11), 5e-5),
 }
 """Keyed by the format's name; a second row of a format adds a suffix after a dash."""
 
-CASES["low_rank-input"] = Case(LowRank(3, "input"), LowRank(9, "input"), _rank(9), 1e-6)
-CASES["low_rank-none"] = Case(LowRank(3, "none"), LowRank(9, "none"), _rank(9), 1e-6)
+CASES["low_rank-input"] = Case(f.LowRank(3, "input"), f.LowRank(9, "input"), _rank(9), 1e-6)
+CASES["low_rank-none"] = Case(f.LowRank(3, "none"), f.LowRank(9, "none"), _rank(9), 1e-6)
 for _side in ("input_diagonal", "output_diagonal"):
-    CASES[f"low_rank-{_side}"] = Case(LowRank(3, _side, 0.5), LowRank(9, _side, 0.5), _rank(9), 1e-6)
-CASES["gauge_fixed-pivoted"] = Case(GaugeFixed(3, "pivoted"), GaugeFixed(11, "pivoted"), _rank(11), 1e-6)
+    CASES[f"low_rank-{_side}"] = Case(f.LowRank(3, _side, 0.5), f.LowRank(9, _side, 0.5), _rank(9), 1e-6)
+CASES["gauge_fixed-pivoted"] = Case(f.GaugeFixed(3, "pivoted"), f.GaugeFixed(11, "pivoted"), _rank(11), 1e-6)
 CASES["low_rank-shared_input"] = Case(
-    LowRank(3), LowRank(9), _rank(9, 3), 1e-6, "shared_input", flops=2 * (9 * 20 + 72 * 9)
+    f.LowRank(3), f.LowRank(9), _rank(9, 3), 1e-6, "shared_input", flops=2 * (9 * 20 + 72 * 9)
 )
-CASES["low_rank-embedding"] = Case(LowRank(3), LowRank(9), _rank(9), 1e-6, "embedding", flops=2 * 9 * 20)
+CASES["low_rank-embedding"] = Case(f.LowRank(3), f.LowRank(9), _rank(9), 1e-6, "embedding", flops=2 * 9 * 20)
 CASES["low_rank-tied_embedding"] = Case(
-    LowRank(3), LowRank(9), _rank(9), 1e-6, "tied_embedding", flops=2 * 9 * (20 + 24 + 20)
+    f.LowRank(3), f.LowRank(9), _rank(9), 1e-6, "tied_embedding", flops=2 * 9 * (20 + 24 + 20)
 )
 CASES["shared_basis"] = Case(
-    SharedBasis(3), SharedBasis(9), _rank(9, 3), 1e-6, "stack", flops=3 * 2 * 9 * (20 + 24), subspaces=4
+    f.SharedBasis(3), f.SharedBasis(9), _rank(9, 3), 1e-6, "stack", flops=3 * 2 * 9 * (20 + 24), subspaces=4
 )
 CASES["shared_weight"] = Case(
-    SharedWeight(), SharedWeight(), (random(24, 20),) * 3, 1e-6, "stack", flops=3 * 2 * 480
+    f.SharedWeight(), f.SharedWeight(), (random(24, 20),) * 3, 1e-6, "stack", flops=3 * 2 * 480
 )
 CASES["activation_subspace"] = Case(
-    ActivationSubspace(3), ActivationSubspace(20), _rank(20), 1e-6, subspaces=1
+    f.ActivationSubspace(3), f.ActivationSubspace(20), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-mse"] = Case(
-    ActivationSubspace(3, "mse"), ActivationSubspace(20, "mse"), _rank(20), 1e-6, subspaces=1
+    f.ActivationSubspace(3, "mse"), f.ActivationSubspace(20, "mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-go_mse"] = Case(
-    ActivationSubspace(3, "go_mse"), ActivationSubspace(20, "go_mse"), _rank(20), 1e-6, subspaces=1
+    f.ActivationSubspace(3, "go_mse"), f.ActivationSubspace(20, "go_mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-nl_mse"] = Case(
-    ActivationSubspace(3, "nl_mse"), ActivationSubspace(20, "nl_mse"), _rank(20), 1e-6, subspaces=1
+    f.ActivationSubspace(3, "nl_mse"), f.ActivationSubspace(20, "nl_mse"), _rank(20), 1e-6, subspaces=1
 )
 CASES["activation_subspace-shared_input"] = Case(
-    ActivationSubspace(3),
-    ActivationSubspace(20),
+    f.ActivationSubspace(3),
+    f.ActivationSubspace(20),
     _rank(20, 3),
     1e-6,
     "shared_input",
@@ -132,16 +112,16 @@ def _blocks(rank: int, rows: int, columns: int) -> tuple[Tensor]:
 
 
 CASES["kronecker"] = Case(
-    Kronecker(2, (6, 4), (5, 4)),
-    Kronecker(5, (6, 4), (5, 4)),
+    f.Kronecker(2, (6, 4), (5, 4)),
+    f.Kronecker(5, (6, 4), (5, 4)),
     _kronecker(5),
     1e-6,
     flops=2 * 100 * (4 + 6),
     subspaces=4,
 )
-CASES["monarch"] = Case(Monarch(1, 4), Monarch(2, 4), _blocks(2, 4, 4), 1e-6, subspaces=16)
+CASES["monarch"] = Case(f.Monarch(1, 4), f.Monarch(2, 4), _blocks(2, 4, 4), 1e-6, subspaces=16)
 CASES["block_tensor_train"] = Case(
-    BlockTensorTrain(1, (6, 4), (5, 4)), BlockTensorTrain(2, (6, 4), (5, 4)), _blocks(2, 4, 5), 1e-6
+    f.BlockTensorTrain(1, (6, 4), (5, 4)), f.BlockTensorTrain(2, (6, 4), (5, 4)), _blocks(2, 4, 5), 1e-6
 )
 
 
@@ -151,23 +131,23 @@ def _tensor_train(rows: tuple[int, ...], columns: tuple[int, ...], ranks: tuple[
     cores = {f"core{k}": random(*shape, seed=k) for k, shape in enumerate(ends, 1)}
     if rows[0] == 3:
         cores["core1"][0, 2, :, 4:] = cores["core2"][:4, 2] = 0.0
-    return TensorTrain(rows, columns, ranks).to_dense(cores)[:24]
+    return f.TensorTrain(rows, columns, ranks).to_dense(cores)[:24]
 
 
 _FOLDS = (4, 3, 2), (5, 2, 2)
 _LOOKUP = 2 * (5 * 8 + 5 * 8 * 2 * 3 + 10 * 3 * 2)
-_PADDED = TensorTrain((3, 3, 3), (5, 2, 2), (3, 2), 3), TensorTrain((3, 3, 3), (5, 2, 2), (8, 3), 3)
+_PADDED = f.TensorTrain((3, 3, 3), (5, 2, 2), (3, 2), 3), f.TensorTrain((3, 3, 3), (5, 2, 2), (8, 3), 3)
 CASES["tensor_train"] = Case(
-    TensorTrain(*_FOLDS, (3, 2)),
-    TensorTrain(*_FOLDS, (8, 3)),
+    f.TensorTrain(*_FOLDS, (3, 2)),
+    f.TensorTrain(*_FOLDS, (8, 3)),
     (_tensor_train(*_FOLDS, (8, 3)),),
     1e-5,
     flops=2 * (10 * 3 * 2 * 2 + 5 * (8 * 3) * (2 * 3) * 2 + 4 * (5 * 8) * 6),
     subspaces=3,
 )
 CASES["tensor_train-stack"] = Case(
-    TensorTrain((24, 1), (1, 20), (3, 2)),
-    TensorTrain((24, 1), (1, 20), (6, 5)),
+    f.TensorTrain((24, 1), (1, 20), (3, 2)),
+    f.TensorTrain((24, 1), (1, 20), (6, 5)),
     tuple(random(24, 6, seed=1) @ random(6, 5, seed=2 + site) @ random(5, 20, seed=9) for site in range(3)),
     1e-5,
     "stack",
@@ -189,8 +169,8 @@ CASES["tensor_train-tied_embedding"] = Case(
 _BLOCKS = (10, 14)
 _RANKS = 2 * 18 * 20
 CASES["group_reduce"] = Case(
-    GroupReduce(_BLOCKS, (4, 2)),
-    GroupReduce(_BLOCKS, (9, 9)),
+    f.GroupReduce(_BLOCKS, (4, 2)),
+    f.GroupReduce(_BLOCKS, (9, 9)),
     _rank(9),
     1e-6,
     "embedding",
@@ -198,8 +178,8 @@ CASES["group_reduce"] = Case(
     subspaces=4,
 )
 CASES["group_reduce-tied_embedding"] = Case(
-    GroupReduce(_BLOCKS, (4, 2)),
-    GroupReduce(_BLOCKS, (9, 9)),
+    f.GroupReduce(_BLOCKS, (4, 2)),
+    f.GroupReduce(_BLOCKS, (9, 9)),
     _rank(9),
     1e-6,
     "tied_embedding",
@@ -207,8 +187,8 @@ CASES["group_reduce-tied_embedding"] = Case(
     subspaces=4,
 )
 CASES["group_reduce-exchanges"] = Case(
-    GroupReduce(_BLOCKS, (4, 2), 2),
-    GroupReduce(_BLOCKS, (9, 9), 2),
+    f.GroupReduce(_BLOCKS, (4, 2), 2),
+    f.GroupReduce(_BLOCKS, (9, 9), 2),
     _rank(9),
     1e-6,
     "embedding",
@@ -226,8 +206,8 @@ def _states() -> Tensor:
 
 for _weighting in ("two_sided", "none"):
     CASES[f"token_mps{'' if _weighting == 'two_sided' else '-none'}"] = Case(
-        TokenMPS(20, 1, _weighting),
-        TokenMPS(20, 2, _weighting),
+        f.TokenMPS(20, 1, _weighting),
+        f.TokenMPS(20, 2, _weighting),
         (_states(),),
         1e-6,
         "embedding",
@@ -242,20 +222,20 @@ def _tucker(ranks: tuple[int, ...]) -> Tensor:
     names = ("row1", "row2", "column1", "column2")
     shapes = zip(names, (6, 4, 5, 4), ranks, strict=True)
     factors = {name: random(size, rank, seed=size + rank) for name, size, rank in shapes}
-    return Tucker((6, 4), (5, 4), ranks).to_dense({**factors, "core": random(*ranks, seed=3)})
+    return f.Tucker((6, 4), (5, 4), ranks).to_dense({**factors, "core": random(*ranks, seed=3)})
 
 
 CASES["tucker"] = Case(
-    Tucker((6, 4), (5, 4), (3, 2, 2, 2)),
-    Tucker((6, 4), (5, 4), (5, 3, 4, 3)),
+    f.Tucker((6, 4), (5, 4), (3, 2, 2, 2)),
+    f.Tucker((6, 4), (5, 4), (5, 3, 4, 3)),
     (_tucker((5, 3, 4, 3)),),
     1e-5,
     flops=2 * (5 * 4 * 3 + 5 * 4 * 3 + 12 * 15 + 6 * 5 * 3 + 6 * 3 * 4),
     subspaces=5,
 )
 CASES["tucker-stack"] = Case(
-    Tucker((24,), (20,), (1, 3, 3)),
-    Tucker((24,), (20,), (2, 6, 5)),
+    f.Tucker((24,), (20,), (1, 3, 3)),
+    f.Tucker((24,), (20,), (2, 6, 5)),
     tuple(
         random(24, 6, seed=1)
         @ (own[0] * random(6, 5, seed=2) + own[1] * random(6, 5, seed=3))
@@ -273,12 +253,12 @@ def _cp(rank: int) -> Tensor:
     """Random terms over 24 x 20 with the rows folded to 6 x 4."""
     shapes = {"row1": (6, rank), "row2": (4, rank), "column1": (20, rank)}
     factors = {name: random(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
-    return CP(rank, (6, 4), (20,)).to_dense(factors)
+    return f.CP(rank, (6, 4), (20,)).to_dense(factors)
 
 
 CASES["cp"] = Case(
-    CP(2, (6, 4), (20,)),
-    CP(5, (6, 4), (20,)),
+    f.CP(2, (6, 4), (20,)),
+    f.CP(5, (6, 4), (20,)),
     (_cp(5),),
     1e-5,
     flops=2 * 5 * (20 + 24),
@@ -292,7 +272,7 @@ def _butterfly(levels: int, rank: int) -> tuple[Tensor]:
     widths = (rows, *[rank] * (levels - 1), columns)
     shapes = [(half, 2 * above, 2 * below) for above, below in pairwise(widths)]
     factors = {f"factor{level}": random(*shape, seed=level) for level, shape in enumerate(shapes, 1)}
-    return (Butterfly(levels, rank).to_dense(factors),)
+    return (f.Butterfly(levels, rank).to_dense(factors),)
 
 
 def _with_rows(rank: int, rows: int) -> tuple[Tensor]:
@@ -301,9 +281,9 @@ def _with_rows(rank: int, rows: int) -> tuple[Tensor]:
     return (weight,)
 
 
-CASES["butterfly"] = Case(Butterfly(2, 1), Butterfly(2, 4), _butterfly(2, 4), 1e-6, subspaces=8)
+CASES["butterfly"] = Case(f.Butterfly(2, 1), f.Butterfly(2, 4), _butterfly(2, 4), 1e-6, subspaces=8)
 CASES["low_rank_plus_sparse"] = Case(
-    LowRankPlusSparse(2, 1), LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6, subspaces=3
+    f.LowRankPlusSparse(2, 1), f.LowRankPlusSparse(4, 5), _with_rows(4, 5), 1e-6, subspaces=3
 )
 
 
@@ -321,32 +301,32 @@ def _blocks(heads: int, dim: int, whole: int) -> Tensor:
 
 
 CASES["block_term"] = Case(
-    BlockTerm(4, 1, (2, 2, 4)),
-    BlockTerm(4, 2, (2, 2, 4)),
+    f.BlockTerm(4, 1, (2, 2, 4)),
+    f.BlockTerm(4, 2, (2, 2, 4)),
     (_blocks(4, 6, 20),),
     1e-6,
     flops=2 * 2 * (20 * 4 + 4 * 4 + 2 * 2 * 6 + 4 * 2 * 6),
     subspaces=8,
 )
 CASES["block_term-inputs"] = Case(
-    BlockTerm(-4, 1, (2, 2, 4)),
-    BlockTerm(-4, 2, (2, 2, 4)),
+    f.BlockTerm(-4, 1, (2, 2, 4)),
+    f.BlockTerm(-4, 2, (2, 2, 4)),
     (_blocks(4, 5, 24).T.contiguous(),),
     1e-6,
     flops=2 * 2 * (24 * 4 + 4 * 4 + 2 * 2 * 5 + 4 * 2 * 5),
     subspaces=8,
 )
 CASES["hybrid"] = Case(
-    Hybrid(TensorTrain((6, 4), (5, 4), (1,)), LowRank(2)),
-    Hybrid(TensorTrain((6, 4), (5, 4), (2,)), LowRank(9)),
+    f.Hybrid(f.TensorTrain((6, 4), (5, 4), (1,)), f.LowRank(2)),
+    f.Hybrid(f.TensorTrain((6, 4), (5, 4), (2,)), f.LowRank(9)),
     _rank(9),
     1e-6,
     flops=2 * (2 * (80 + 120) + 9 * 44),
     subspaces=2 + 2,
 )
 CASES["hybrid-indexed"] = Case(
-    Hybrid(LowRankPlusSparse(1, 1), Kronecker(1, (6, 4), (5, 4))),
-    Hybrid(LowRankPlusSparse(2, 3), Kronecker(2, (6, 4), (5, 4))),
+    f.Hybrid(f.LowRankPlusSparse(1, 1), f.Kronecker(1, (6, 4), (5, 4))),
+    f.Hybrid(f.LowRankPlusSparse(2, 3), f.Kronecker(2, (6, 4), (5, 4))),
     _kronecker(2),
     1e-6,
     flops=2 * (2 * 41 + 3 * 20) + 2 * 40 * (4 + 6),

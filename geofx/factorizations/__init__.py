@@ -9,75 +9,50 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from geofx.errors import PlanError
-from geofx.factorizations.activation_subspace import ActivationSubspace
-from geofx.factorizations.block_tensor_train import BlockTensorTrain
-from geofx.factorizations.block_term import BlockTerm
-from geofx.factorizations.butterfly import Butterfly
-from geofx.factorizations.contract import Factored, Factorization, Factors, Lookup, factor_name
-from geofx.factorizations.cp import CP
-from geofx.factorizations.dense import Dense
-from geofx.factorizations.gauge_fixed import GaugeFixed
-from geofx.factorizations.group_reduce import GroupReduce
-from geofx.factorizations.hybrid import Hybrid
-from geofx.factorizations.kronecker import Kronecker
-from geofx.factorizations.low_rank import LowRank
-from geofx.factorizations.low_rank_plus_sparse import LowRankPlusSparse
-from geofx.factorizations.monarch import Monarch
-from geofx.factorizations.shared_basis import SharedBasis
-from geofx.factorizations.shared_weight import SharedWeight
-from geofx.factorizations.tensor_train import TensorTrain
-from geofx.factorizations.token_mps import TokenMPS
-from geofx.factorizations.tucker import Tucker
+from geofx.factorizations.activation_subspace import ActivationSubspace as ActivationSubspace
+from geofx.factorizations.block_tensor_train import BlockTensorTrain as BlockTensorTrain
+from geofx.factorizations.block_term import BlockTerm as BlockTerm
+from geofx.factorizations.butterfly import Butterfly as Butterfly
+from geofx.factorizations.contract import Factored as Factored
+from geofx.factorizations.contract import Factorization as Factorization
+from geofx.factorizations.contract import Factors as Factors
+from geofx.factorizations.contract import Lookup as Lookup
+from geofx.factorizations.contract import factor_name as factor_name
+from geofx.factorizations.cp import CP as CP
+from geofx.factorizations.dense import Dense as Dense
+from geofx.factorizations.gauge_fixed import GaugeFixed as GaugeFixed
+from geofx.factorizations.group_reduce import GroupReduce as GroupReduce
+from geofx.factorizations.hybrid import Hybrid as Hybrid
+from geofx.factorizations.kronecker import Kronecker as Kronecker
+from geofx.factorizations.low_rank import LowRank as LowRank
+from geofx.factorizations.low_rank_plus_sparse import LowRankPlusSparse as LowRankPlusSparse
+from geofx.factorizations.monarch import Monarch as Monarch
+from geofx.factorizations.shared_basis import SharedBasis as SharedBasis
+from geofx.factorizations.shared_weight import SharedWeight as SharedWeight
+from geofx.factorizations.tensor_train import TensorTrain as TensorTrain
+from geofx.factorizations.token_mps import TokenMPS as TokenMPS
+from geofx.factorizations.tucker import Tucker as Tucker
 
 FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Dense,
     LowRank,
     GaugeFixed,
-    SharedBasis,
-    SharedWeight,
     ActivationSubspace,
-    BlockTensorTrain,
     LowRankPlusSparse,
-    Butterfly,
-    Hybrid,
     Kronecker,
     Monarch,
+    BlockTensorTrain,
+    Butterfly,
     TensorTrain,
-    GroupReduce,
-    TokenMPS,
     Tucker,
     CP,
     BlockTerm,
+    Hybrid,
+    SharedBasis,
+    SharedWeight,
+    GroupReduce,
+    TokenMPS,
 )
-
-__all__ = [
-    "Hybrid",
-    "FACTORIZATIONS",
-    "CP",
-    "ActivationSubspace",
-    "BlockTensorTrain",
-    "BlockTerm",
-    "Butterfly",
-    "Dense",
-    "Factored",
-    "Factorization",
-    "Factors",
-    "GaugeFixed",
-    "GroupReduce",
-    "Kronecker",
-    "Lookup",
-    "LowRank",
-    "LowRankPlusSparse",
-    "Monarch",
-    "SharedBasis",
-    "SharedWeight",
-    "TensorTrain",
-    "TokenMPS",
-    "Tucker",
-    "factor_name",
-    "from_json",
-    "to_json",
-]
 
 
 def to_json(factorization: Factorization) -> dict[str, Any]:
