@@ -32,7 +32,9 @@ class Form:
         return cls(format, tuple(settings.items()))
 
     def candidates(self, region: Region, analysis: RegionAnalysis) -> Iterator[Factorization]:
-        """The format's own candidates with the held settings put in; none for other kinds of region.
+        """The format's own candidates with the held settings put in, where ``region`` has room for these.
+
+        None for other kinds of region.
 
         Raises:
             PlanError: geofx has no such format, or the format no such setting.
@@ -40,7 +42,9 @@ class Form:
         member = self.member()
         if region.kind in member.regions:
             for candidate in member.candidates(region, analysis):
-                yield replace(candidate, **dict(self.settings))  # type: ignore[type-var]
+                held: Factorization = replace(candidate, **dict(self.settings))  # type: ignore[type-var]
+                if _fits(held, region):
+                    yield held
 
     def member(self) -> type[Factorization]:
         """The class of the format."""
@@ -53,6 +57,14 @@ class Form:
             if name not in settings:
                 raise PlanError(f"{self.format} has no setting {name!r}", fix="remove it")
         return known[self.format]
+
+
+def _fits(form: Factorization, region: Region) -> bool:
+    try:
+        form.factor_shapes(region)
+    except PlanError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,12 @@ def test_a_held_size_leaves_one_candidate() -> None:
     assert method.candidates(analysis.region, analysis) == [LowRank(5)]
 
 
+def test_a_held_setting_that_a_region_is_too_small_for_leaves_none() -> None:
+    analysis = analysis_of(torch.randn(50, 8), kind="embedding")
+    assert len(recipes.tensorgpt(2).candidates(analysis.region, analysis)) == 1
+    assert recipes.tensorgpt(4).candidates(analysis.region, analysis) == []
+
+
 def test_regions_are_preferred_by_kind_then_by_how_many_weights_they_hold() -> None:
     first, second, third = (torch.randn(24, 20) for _ in range(3))
     single, shared = analysis_of(first), analysis_of(first, second, kind="shared_input")

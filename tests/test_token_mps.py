@@ -35,8 +35,8 @@ def fitted(form: TokenMPS, weight: Tensor) -> Factors:
 
 @pytest.mark.parametrize("columns", [20, 32, 100])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
+@tensorly.backend_context("pytorch")
 def test_every_row_is_tensorlys_tensor_train(columns: int, rank: int) -> None:
-    tensorly.set_backend("pytorch")
     weight, form = random(6, columns), TokenMPS(columns, rank, "none")
     bits = (columns - 1).bit_length()
     dense = form.to_dense(fitted(form, weight))

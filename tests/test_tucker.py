@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def torch_backend() -> None:
-    tensorly.set_backend("pytorch")
+def torch_backend() -> Iterator[None]:
+    with tensorly.backend_context("pytorch"):
+        yield
 
 
 @pytest.mark.parametrize("sweeps", [1, 3, 40])
