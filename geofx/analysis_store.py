@@ -25,6 +25,7 @@ from geofx.tensor_file import describe, read_tensors, storable, write_tensors
 
 TENSORS = "analysis.safetensors"
 SCHEMA_VERSION = 1
+_BY_ROW = ("lookups", "lookup_batches", "lookup_energies")
 
 
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError)
@@ -154,8 +155,8 @@ def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
     for key, value in moments.outputs.items():
         whole = value.dim() == 2
         found[f"{'output' if whole else 'output_diagonal'}/{key}"] = pack_symmetric(value) if whole else value
-    found |= {f"lookup/{key}": value for key, value in moments.lookups.items()}
-    found |= {f"lookup_batches/{key}": value for key, value in moments.lookup_batches.items()}
+    for field in _BY_ROW:
+        found |= {f"{field}/{key}": value for key, value in getattr(moments, field).items()}
     found |= {f"lookup_output/{key}": pack_symmetric(value) for key, value in moments.lookup_outputs.items()}
     found |= {f"direction/{key}": pack_symmetric(value) for key, value in moments.directions.items()}
     found |= {f"spectrum/{name}": torch.from_numpy(value.squares) for name, value in analysis.spectra.items()}
@@ -209,8 +210,7 @@ def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
         outputs={**_unpacked(_group(stored, "output")), **_group(stored, "output_diagonal")},
         input_of=meta.input_of,
         tokens=meta.tokens,
-        lookups=_group(stored, "lookup"),
-        lookup_batches=_group(stored, "lookup_batches"),
+        **{field: _group(stored, field) for field in _BY_ROW},
         lookup_outputs=_unpacked(_group(stored, "lookup_output")),
         directions=_unpacked(_group(stored, "direction")),
         loss_terms=meta.loss_terms,

@@ -36,6 +36,7 @@ class Moments:
         lookups: name of a table -> how often each row was looked up (vocabulary,).
         lookup_batches: name of a table -> in how many batches each row was looked up (vocabulary,).
         lookup_outputs: name of a table -> G (dim, dim) at what was looked up, as ``outputs``.
+        lookup_energies: name of a table -> Σ ‖g‖² over the lookups of each row (vocabulary,), likewise.
         directions: input key -> E[x̄ x̄ᵀ] with x̄ = x / ‖x‖; empty unless asked for.
         loss_terms: number of loss terms that the gradients were summed over.
         mode: ``forward`` has no G, ``data_free`` neither A nor G.
@@ -51,6 +52,7 @@ class Moments:
     lookups: Mapping[str, Tensor] = field(default_factory=dict)
     lookup_batches: Mapping[str, Tensor] = field(default_factory=dict)
     lookup_outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    lookup_energies: Mapping[str, Tensor] = field(default_factory=dict)
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     loss_terms: int = 0
     mode: Mode = "data_free"

@@ -267,7 +267,7 @@ def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
 class MomentMetrics(Mapping[str, Metric]):
     """The metric of each weight, built from its moments when asked for: it is as large as the weights.
 
-    A linear map has A and G. A table has the share f of tokens that read each row as its (diagonal) G, and
+    A linear map has A and G. A table has as its (diagonal) G the share f of each row in what is read, and
     the G at what is read as its A: Σ_v f_v ΔW_v G ΔW_vᵀ per token. What is both has the nearest product.
     """
 
@@ -291,7 +291,8 @@ class MomentMetrics(Mapping[str, Metric]):
     def _table(self, name: str) -> Metric:
         moments = self._moments
         gradient = _shrunk_output(moments.lookup_outputs.get(name), moments.loss_terms)
-        shares = lookup_shares(moments.lookups[name], moments.lookup_batches.get(name))
+        rows = moments.lookup_batches.get(name), moments.lookup_energies.get(name)
+        shares = lookup_shares(moments.lookups[name], *rows)
         if gradient is not None:
             return Metric(gradient, shares)
         size = Metric(None, shares).loss(self._weights[name])
@@ -308,17 +309,19 @@ def _shrunk_output(moment: Tensor | None, terms: int) -> Tensor | None:
     return None if moment is None else shrink(moment, sampling_share(moment, terms, OUTPUT_SHRINKAGE))
 
 
-def lookup_shares(counts: Tensor, batches: Tensor | None = None) -> Tensor:
-    """f = (1 - a) c / Σc + a / V: the share of tokens that read each of V rows, none of them free.
+def lookup_shares(counts: Tensor, batches: Tensor | None = None, energies: Tensor | None = None) -> Tensor:
+    """f = (1 - a) e / Σe + a / V: the share of each of V rows in what the loss sees, none of them free.
 
-    a is the chance that the next token is a new one: the share of tokens that no other token repeats (Good,
-    1953; Turing), or, as texts repeat themselves, that no other of several ``batches`` holds. It is spread
-    evenly, as rows unread are nearly all that gain by it, and is at least the shrinkage of any output.
+    e is ``energies``, Σ ‖g‖² over the lookups of a row, or where there are none its ``counts``: a rare token
+    says more than a frequent one. a is the share of new tokens to come: of those that no other token repeats
+    (Good, 1953; Turing), or, as texts repeat themselves, that no other of several ``batches`` holds. It is
+    spread evenly, as nearly all rows are unread, and is at least the shrinkage of any output.
     """
-    total = counts.double().sum().clamp_min(1.0)
+    seen = (counts if energies is None or not energies.any() else energies).double()
+    total = seen.sum().clamp_min(torch.finfo(torch.float64).tiny)
     lone = counts == 1 if batches is None or not (batches > 1).any() else batches == 1
-    unread = min(1.0, max(OUTPUT_SHRINKAGE, float((counts.double() * lone).sum() / total)))
-    return counts.double() / total * (1.0 - unread) + unread / counts.numel()
+    unread = min(1.0, max(OUTPUT_SHRINKAGE, float((seen * lone).sum() / total)))
+    return seen / total * (1.0 - unread) + unread / counts.numel()
 
 
 def nearest_product(first: Metric, second: Metric, shape: tuple[int, ...]) -> Metric:

@@ -76,6 +76,7 @@ class Recorder(fx.Interpreter):
         self.lookups: dict[str, Tensor] = {}
         self.lookup_batches: dict[str, Tensor] = {}
         self.lookup_gradients: dict[str, Tensor] = {}
+        self.lookup_energies: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.terms, self.seen_rows = 0.0, 0
         self.dropped: dict[str, int] = {}
@@ -98,6 +99,7 @@ class Recorder(fx.Interpreter):
             self.lookup_batches.setdefault(table.weight, _zeros(rows))
             if with_gradients:
                 self.lookup_gradients.setdefault(table.weight, _zeros(columns, columns))
+                self.lookup_energies.setdefault(table.weight, _zeros(rows))
 
     def add(self, batch: Batch) -> None:
         """Add one batch, or the rows of it that stay finite."""
@@ -148,8 +150,9 @@ class Recorder(fx.Interpreter):
             return self._hooked(super().run_node(n), self.gradients, site.weight)
         value = super().run_node(n)
         if table is not None:
-            self._add_lookups(table.weight, self.env[n.args[1]])  # type: ignore[index]
-            return self._hooked(value, self.lookup_gradients, table.weight)
+            ids = self.env[n.args[1]]  # type: ignore[index]
+            self._add_lookups(table.weight, ids)
+            return self._hooked(value, self.lookup_gradients, table.weight, ids)
         return value.detach() if n.op == "get_attr" and isinstance(value, Tensor) else value
 
     def _capture(self, site: Site, node: str, x: Tensor) -> None:
@@ -157,14 +160,16 @@ class Recorder(fx.Interpreter):
         kept = x.detach()
         self.captured[site.input, (x.data_ptr(), x.numel())] = kept.clone() if self.is_mutating else kept
 
-    def _hooked(self, value: Tensor, totals: dict[str, Tensor], weight: str) -> Tensor:
-        """``value``, whose gradient will be squared into ``totals``."""
+    def _hooked(
+        self, value: Tensor, totals: dict[str, Tensor], weight: str, ids: Tensor | None = None
+    ) -> Tensor:
+        """``value``, whose gradient will be squared into ``totals`` and, where it has ``ids``, by row."""
         if not self.with_gradients:
             return value
         if not value.requires_grad:
             value = value.detach().requires_grad_().clone()
         value.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self._add_gradient(totals[weight], weight, gradient)
+            lambda gradient: self._add_gradient(totals[weight], weight, gradient, ids)
         )
         return value
 
@@ -215,11 +220,14 @@ class Recorder(fx.Interpreter):
             ids = ids.expand(self.rows, *ids.shape[1:])
         self.counted[weight].append(self._valid(ids.unsqueeze(-1)).flatten())
 
-    def _add_gradient(self, total: Tensor, weight: str, gradient: Tensor) -> None:
+    def _add_gradient(self, total: Tensor, weight: str, gradient: Tensor, ids: Tensor | None) -> None:
         rows = _wide(self._valid(gradient.detach()))
         if not math.isfinite(float(rows.sum())):
             raise CalibrationError("gradients are not finite", where=weight, fix="run the model in float32")
         _add_scaled(total, rows)
+        if ids is not None:
+            places = self._valid(ids.unsqueeze(-1)).flatten()
+            self.lookup_energies[weight].index_add_(0, places, rows.double().square().sum(1))
 
     def moments(self, mode: Mode) -> Moments:
         """What was summed, divided by the numbers of tokens and loss terms."""
@@ -247,6 +255,7 @@ class Recorder(fx.Interpreter):
             lookups=self.lookups,
             lookup_batches=self.lookup_batches,
             lookup_outputs=self._finished(self.lookup_gradients),
+            lookup_energies=self.lookup_energies,
             directions=self._means(self.directions),
             input_of={name: site.input for name, site in sites.items()},
             tokens=dict(self.tokens),
