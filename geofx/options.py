@@ -88,11 +88,11 @@ def list_options(
 
 
 def _screen(analyses: list[RegionAnalysis], closed: list[Option]) -> Screen:
-    frontier: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    frontier: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for option in closed:
-        if option.region.kind in OWN:
-            frontier[option.region.name].append((option.workload.weight_bytes, option.loss))
-    return Screen.of(analyses, {name: tuple(pairs) for name, pairs in frontier.items()})
+        share = option.workload.weight_bytes / measure(Dense(), option.region).weight_bytes
+        frontier[option.region.name].append((share, option.loss))
+    return Screen.of(analyses, frontier)
 
 
 def _options_of(

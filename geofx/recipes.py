@@ -74,12 +74,12 @@ def asvd(power: float = 0.5) -> Recipe:
 
 
 def fwsvd() -> Recipe:
-    """SVD of D W with D² the Fisher information of each row, the same share of every matrix."""
+    """SVD of W D with D² the Fisher information of each input, the same share of every matrix."""
     return Recipe(
         "fwsvd",
-        (Form.of("low_rank", weighting="output_diagonal"),),
+        (Form.of("low_rank", weighting="input_diagonal", power=1.0),),
         paper=papers.FWSVD,
-        differs="The information of row i is G_ii tr A, x and g taken as independent; no finetuning follows.",
+        differs="The information of input j is A_jj tr G, x and g taken as independent; not finetuned.",
     )
 
 

@@ -17,7 +17,7 @@ from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
 
-Weighting = Literal["two_sided", "input", "none", "input_diagonal", "output_diagonal"]
+Weighting = Literal["two_sided", "input", "none", "input_diagonal"]
 Weights = Mapping[str, Tensor]
 
 INPUT_SHRINKAGE = 1e-4
@@ -220,7 +220,6 @@ class RegionAnalysis:
             "input": Metric(whole.input),
             "none": Metric(),
             "input_diagonal": Metric(diagonal_power(whole.input, power)),
-            "output_diagonal": Metric(output=diagonal_power(whole.output, power)),
         }
         return truncate(self.weight, kept[weighting], self.region.name)
 

@@ -9,7 +9,7 @@ bytes. Stacks, tables and larger shapes are fitted when a format is asked for by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from geofx.errors import NumericsError
@@ -27,8 +27,8 @@ TRIED: tuple[RegionKind, ...] = ("single", "shared_input")
 MOST_NUMBERS = 2**20
 """Numbers in the largest region that a default plan would fit by trial."""
 
-Frontier = Mapping[str, tuple[tuple[int, float], ...]]
-"""Weight -> (bytes, loss) of every closed-form setting of its own region."""
+Frontier = Mapping[str, Sequence[tuple[float, float]]]
+"""Region -> (share of the dense bytes, loss) of every closed-form setting."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,28 +71,20 @@ class Screen:
                 loss = form.predicted_loss(region, analysis)
             except NumericsError as error:
                 return f"cannot be fitted at {region.name}: {error}"
-            rival = self._rival(analysis, size / dense)
+            rival = self._rival(region, size / dense)
             if loss < rival:
                 return None
             found.append(f"{loss:.3g} at {share:.0%} of the bytes, closed forms {rival:.3g}")
         return f"is behind at {region.name}: {'; '.join(found)}" if found else f"does not fit {region.name}"
 
-    def _rival(self, analysis: RegionAnalysis, share: float) -> float:
-        """Σ over sites of the least loss at ``share`` of the bytes of each."""
-        return sum(
-            min(
-                (
-                    loss
-                    for size, loss in self.frontier[site.weight]
-                    if size <= share * self._dense(site.weight)
-                ),
-                default=float("inf"),
-            )
-            for site in analysis.region.sites
-        )
+    def _rival(self, region: Region, share: float) -> float:
+        """Least loss at ``share`` of the bytes, by closed forms of the region or of its sites apart."""
+        apart = sum(self._least(site.weight, share) for site in region.sites)
+        return min(apart, self._least(region.name, share))
 
-    def _dense(self, weight: str) -> int:
-        return max(size for size, _ in self.frontier[weight])
+    def _least(self, name: str, share: float) -> float:
+        pairs = self.frontier.get(name, ())
+        return min((loss for ratio, loss in pairs if ratio <= share), default=float("inf"))
 
 
 def _numbers(region: Region) -> int:

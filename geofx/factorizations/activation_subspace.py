@@ -118,7 +118,7 @@ def eigenbasis(analysis: RegionAnalysis, criterion: Criterion) -> Tensor:
         )
     matrix = whole(moment, columns)
     if criterion.startswith(("go", "nl")):
-        rows = on_left(metric.output, weight) if criterion.startswith("nl") else weight
+        rows = metric.left(weight) if criterion.startswith("nl") else weight
         product = matrix @ (weight.T @ rows)
         matrix = product + product.T
     return eigh_psd(matrix, f"{criterion} at {analysis.region.name}")[1]
@@ -130,7 +130,7 @@ def losses(analysis: RegionAnalysis, criterion: Criterion) -> list[float]:
     if criterion not in known:
         basis, metric = eigenbasis(analysis, criterion), analysis.metric
         mapped = analysis.weight.double() @ basis
-        terms = (mapped.T @ on_left(metric.output, mapped)) * (basis.T @ on_left(metric.input, basis))
+        terms = (mapped.T @ metric.left(mapped)) * (basis.T @ on_left(metric.input, basis))
         tails = terms.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         known[criterion] = [*(metric.scale * tails.clamp_min(0.0)).tolist(), 0.0]
     return known[criterion]

@@ -41,7 +41,7 @@ class _Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Kronecker:
-    """A_k (m1, n1) and B_k (m2, n2); k (m1 n1 + m2 n2) numbers (KronA of GPT-2, Edalati et al. 2022).
+    """A_k (m1, n1) and B_k (m2, n2); k (m1 n1 + m2 n2) numbers (KnGPT2, Edalati et al. 2022).
 
     Without a metric the optimum is a truncated SVD of W with its entries rearranged so that a row holds one
     block of W (Van Loan and Pitsianis 1993).

@@ -23,13 +23,12 @@ class LowRank:
 
     Sites of a ``shared_input`` region share R and have rows of L of their own.
 
-    ``weighting`` says what stands for A and G, with p = ``power``, which the diagonal ones alone read:
+    ``weighting`` says what stands for A and G, with p = ``power``, which the diagonal one alone reads:
 
     * ``"input"``: A and I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024).
     * ``"input_diagonal"``: diag(A)^p and I. ASVD (Yuan et al. 2023) scales inputs by mean|x_j|^α; here by
-      the root mean square, (A_jj)^{α/2}, so p = α.
-    * ``"output_diagonal"``: I and diag(G)^p. FWSVD (Hsu et al. 2022) weights rows by their Fisher
-      information Σ_j E[(∂ℓ/∂W_ij)²]; with x and g independent that is G_ii tr A, so p = 1.
+      the root mean square, (A_jj)^{α/2}, so p = α. FWSVD (Hsu et al. 2022) weights each input by its
+      Fisher information Σ_i E[(∂ℓ/∂W_ij)²]; with x and g independent that is A_jj tr G, so p = 1.
     * ``"none"``: I and I (truncated SVD, Eckart and Young 1936).
     """
 
