@@ -33,11 +33,11 @@ class FactorizedLayer(nn.Module):
     """A layer whose weight is given by factors: what `FactorizedLinear` and `FactorizedEmbedding` share.
 
     Factors are parameters (index tensors buffers) named as in the graph, ``{leaf}_{factor}``; those that
-    several sites of a region share are one parameter, held by each of their layers.
+    several sites of a region share are one parameter, held by each of their layers. A layer knows only its
+    own site, so it runs the format as for the first of a region: ``left@2`` of the region is its ``left``.
 
     Attributes:
         factorization: the format.
-        site: which site of its region this layer is.
         transposed: the dense weight was stored as (in, out).
     """
 
@@ -54,9 +54,10 @@ class FactorizedLayer(nn.Module):
         leaf: str = "weight",
     ) -> None:
         super().__init__()
-        self.factorization, self.site, self.transposed = factorization, site, transposed
-        own = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
-        self._attributes = {name: f"{leaf}_{name.partition('@')[0]}" for name in own}
+        self.factorization, self.transposed = factorization, transposed
+        belonging = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
+        own = {name.partition("@")[0]: part for name, part in belonging.items()}
+        self._attributes = {name: f"{leaf}_{name}" for name in own}
         for name, value in own.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(self._attributes[name], value)
@@ -68,13 +69,13 @@ class FactorizedLayer(nn.Module):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name: the shared ones and those of this site."""
+        """The factors by name: the shared ones and those of this site, without its number."""
         return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for, as it was stored; for code that looks at it."""
-        dense = self.factorization.to_dense(self.factors, self.site)
+        dense = self.factorization.to_dense(self.factors)
         return dense.t() if self.transposed else dense
 
     def extra_repr(self) -> str:
@@ -99,7 +100,7 @@ class FactorizedLinear(FactorizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factors; ``x`` is (..., in)."""
-        y = self.factorization.apply(x, self.factors, self.site)
+        y = self.factorization.apply(x, self.factors)
         return y if self.bias is None else y + self.bias
 
 

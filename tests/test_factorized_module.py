@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from factorization_cases import CASES
+from test_factorizations import random_analysis
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -348,3 +350,18 @@ def test_global_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     factorize_module(model, choices)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_of_every_site_is_what_the_region_is_there(name: str) -> None:
+    """A layer holds the factors of its own site only; the second of a stack once ran without them."""
+    case = CASES[name]
+    if not case.applies:
+        pytest.skip("only looked up")
+    analysis = random_analysis(case)
+    fitted, factors = case.large.fit(analysis.weights, analysis)
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    for site in range(len(analysis.weights)):
+        layer = FactorizedLinear(fitted, factors, site=site)
+        torch.testing.assert_close(layer(x), fitted.apply(x, factors, site), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.weight, fitted.to_dense(factors, site), rtol=1e-4, atol=1e-4)
