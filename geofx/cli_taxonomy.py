@@ -45,7 +45,7 @@ def taxonomy_table(rows: tuple[TaxonomyRow, ...], shape: str) -> Table:
         numbers = "" if row.numbers is None else f"\n{in_count(row.numbers)}"
         table.add_row(
             Text(f"{row.name}{numbers}"),
-            Text(f"{row.form.count}: {row.form.which}"),
+            Text(f"{row.form.count}: {row.form.which}" if row.form.count else "none at this shape"),
             Text(row.form.operations),
             Text("\n".join(filter(None, (", ".join(row.regions), "; ".join(row.papers))))),
         )
@@ -55,5 +55,6 @@ def taxonomy_table(rows: tuple[TaxonomyRow, ...], shape: str) -> Table:
 def _sides(shape: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", shape)
     if found is None or "0" in found.groups():
-        raise ConfigError(f"shape {shape!r} is not OUTxIN", fix="write it like 768x768")
+        fix = "write it like 768x768, sides from 1 to 99999"
+        raise ConfigError(f"shape {shape!r} is not OUTxIN", fix=fix)
     return int(found[1]), int(found[2])

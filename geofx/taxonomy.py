@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import torch
 
-from geofx.errors import ConfigError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.region import OWN, Region, RegionKind
@@ -40,7 +39,7 @@ class TaxonomyRow:
 
     Attributes:
         name: of the format, or of the module.
-        form: at the example's shape.
+        form: at the example's shape; of no subspaces where the format has none there, as for sides 13 and 17.
         regions: kinds of region that the format rewrites; none for a module.
         numbers: stored by the example; None for a module without parameters.
         setting: of the example, such as ``LowRank(rank=192)``.
@@ -64,11 +63,7 @@ class TaxonomyRow:
 def taxonomy(
     shape: tuple[int, int] = SHAPE, formats: Iterable[type[Factorization]] = FACTORIZATIONS
 ) -> tuple[TaxonomyRow, ...]:
-    """The modules of Section 2.5, then every format at a region of ``shape`` (out, in).
-
-    Raises:
-        ConfigError: a format has no setting for a region of this shape.
-    """
+    """The modules of Section 2.5, then every format at a region of ``shape`` (out, in)."""
     return (*modules(*shape), *(_row(member, shape) for member in formats))
 
 
@@ -113,10 +108,7 @@ def _row(member: type[Factorization], shape: tuple[int, int]) -> TaxonomyRow:
             return TaxonomyRow(
                 member.name, form.geometry(region), kinds, numbers, str(form), citations(member)
             )
-    raise ConfigError(
-        f"{member.name} has no form of a {shape[0]} x {shape[1]} weight",
-        fix="take another shape, such as 768x768",
-    )
+    return TaxonomyRow(member.name, GeometricForm((), ()), kinds, None, "", citations(member))
 
 
 def _example(kind: RegionKind, shape: tuple[int, int]) -> RegionAnalysis:

@@ -135,6 +135,19 @@ def test_the_command_line_prints_the_table(capsys: pytest.CaptureFixture[str]) -
     assert "not OUTxIN" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", ["13x17", "1x1"])
+def test_a_format_without_a_form_at_a_shape_keeps_its_row(
+    shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["taxonomy", "--shape", shape]) == 0
+    assert "none at this" in capsys.readouterr().out
+    assert main(["taxonomy", "--shape", shape, "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) >= {member.name for member in FACTORIZATIONS}
+    assert rows["block_tensor_train"]["subspaces"] == 0
+    assert rows["dense"]["subspaces"] == 2
+
+
 def test_a_report_says_it_for_every_region() -> None:
     result = geofx.optimize(
         tiny_models.build("mlp"), geofx.Budget(size=0.8), calibration=[tiny_models.example("mlp", 8)]
