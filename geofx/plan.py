@@ -126,7 +126,8 @@ class Plan:
         """The plan that ``text`` describes, every price measured anew.
 
         Where a recorded price is not that of the factorization, the entry was edited by hand: its
-        loss is unknown.
+        loss is unknown. Where the recorded total is not that of the entries, some were taken out: they
+        stay dense, and the budget is not enforced.
 
         Raises:
             PlanError: names the path of the first faulty entry.
@@ -142,7 +143,9 @@ class Plan:
             reprice(choice, choice.factorization, f"choices[{i}]") for i, choice in enumerate(plan.choices)
         ]
         require_disjoint(choices, {})
-        return plan._with(choices, plan.solver if tuple(choices) == plan.choices else SolverReport("edited"))
+        fresh = plan._with(choices, plan.solver)
+        same = (fresh.choices, fresh.predicted) == (plan.choices, plan.predicted)
+        return fresh if same else plan._with(choices, SolverReport("edited"))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON text to ``path``."""

@@ -87,6 +87,15 @@ def test_edit_replaces_one_choice_and_prices_it(plan: Plan) -> None:
     assert (back.predicted, back.loss, back.rewritten) == (plan.dense, 0.0, ())
 
 
+def test_an_entry_taken_out_by_hand_is_an_edit_that_leaves_its_region_dense(plan: Plan) -> None:
+    """The budget is then the editor's business, and no bug of geofx."""
+    index = next(index for index, choice in enumerate(plan.choices) if not choice.is_dense)
+    found = Plan.from_json(edited(plan, lambda data: data["choices"].pop(index)))
+    assert found.solver.status == "edited"
+    gone = plan.choices[index]
+    assert found.predicted.bytes == plan.predicted.bytes + gone.dense_bytes - gone.bytes
+
+
 def test_edit_refuses_what_is_not_there(plan: Plan) -> None:
     with pytest.raises(PlanError, match=r"no region 'layers.7.up.weight'.*nearest are 'layers"):
         plan.edit({"layers.7.up.weight": Dense()})
