@@ -23,6 +23,7 @@ from geofx.comparison import Comparison
 from geofx.compression import parameter_mae
 from geofx.errors import ConfigError, NumericsError, VerificationError
 from geofx.factorizations import Factored, Factorization, Factors
+from geofx.method import formats_named
 from geofx.model import OptimizedModel
 from geofx.moments import Moments
 from geofx.objective import Objective
@@ -92,28 +93,30 @@ class Analysis:
         *,
         include: Iterable[str] | str | None = None,
         ignore: Iterable[str] | str = (),
-        formats: Iterable[type[Factorization]] | None = None,
+        formats: Iterable[str | type[Factorization]] | str | type[Factorization] | None = None,
         refused: Mapping[tuple[str, str], str] | None = None,
     ) -> Plan:
         """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
 
         ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names; ``refused`` maps (region,
-        format) to the reason why it must not be taken. ``formats`` are those to choose from, each fitted
-        where it has no closed form; by default all that `geofx.screening` finds worth a fit.
+        format) to the reason why it must not be taken. ``formats`` are those to choose from, names or
+        classes, each fitted where it has no closed form; by default all that `geofx.screening` finds worth
+        a fit.
 
         Tables (embeddings) are rewritten only where ``include`` matches them, as ``"*"`` does: what is
         predicted for rows that calibration has hardly read is an extrapolation, and can be far too low.
 
         Raises:
             BudgetInfeasibleError: carries the smallest plan.
-            ConfigError: a pattern matches nothing, or the budget needs losses that were not measured.
+            ConfigError: a pattern matches nothing, a format is not known, or the budget needs losses that
+                were not measured.
         """
         if budget.loss is not None and self.moments.mode != "two_sided":
             raise ConfigError(
                 f"a budget for the loss needs its gradients; this analysis measures {self.moments.unit}",
                 fix="analyze with mode='two_sided'",
             )
-        members = None if formats is None else tuple(formats)
+        members = None if formats is None else formats_named(formats)
         options, skips = self._priced(members, tables=False)
         if include:
             more, without = self._priced(members, tables=True)

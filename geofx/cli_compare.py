@@ -61,6 +61,10 @@ def compare(
     check_files(output)
     if chart is not None:
         check_chart(chart)
+        if output is not None and chart.resolve() == output.resolve():
+            raise ConfigError(
+                "the chart and the comparison are one file", where=str(chart), fix="give two files"
+            )
     if analysis is not None and not kept:
         check_target(analysis)
     options.check_data(text, data, holdout, needed=not kept)
@@ -88,7 +92,7 @@ def compare(
             shares,
             formats=_names(formats),
             recipes=_names(recipes),
-            latency=() if latency == "none" else latency.split(","),  # type: ignore[arg-type]
+            latency=_engines(latency),
             cache=cache,
             rounds=rounds,
             name=source.description,
@@ -108,6 +112,11 @@ def _shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{text!r} are no shares", where="--keep", fix="give 0.8 or 0.9,0.8,0.6") from None
+
+
+def _engines(text: str) -> Any:
+    named = {"none": [], "both": ["torch", "onnx"]}
+    return named[text] if text in named else _names(text)
 
 
 def _names(text: str) -> Any:

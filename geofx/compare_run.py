@@ -348,22 +348,23 @@ class _Run:
 
 
 def _shares(keep: float | Iterable[float]) -> tuple[float, ...]:
-    keeps = tuple(sorted({keep} if isinstance(keep, int | float) else set(keep), reverse=True))
+    given: Any = keep
+    keeps = set(given) if isinstance(given, Iterable) and not isinstance(given, str) else {given}
     for share in keeps:
-        if not 0.0 < share < 1.0:
-            raise ConfigError(f"a share of {share} cannot be kept", fix="give shares between 0 and 1")
+        if not isinstance(share, int | float) or not 0.0 < share < 1.0:
+            raise ConfigError(f"a share of {share!r} cannot be kept", fix="give shares between 0 and 1")
     if not keeps:
         raise ConfigError("no share to keep is given", fix="give shares such as 0.8")
-    return keeps
+    return tuple(sorted(keeps, reverse=True))
 
 
 def _engines(names: Iterable[Engine]) -> tuple[Engine, ...]:
     known: Mapping[str, Engine] = {"torch": "torch", "onnx": "onnx"}
-    wanted = tuple(names)
+    wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         if name not in known:
             raise ConfigError(f"no engine {name!r}", fix="use torch, onnx")
-    return wanted
+    return tuple(known[name] for name in wanted)
 
 
 def _read(record: type[Record], data: Any) -> Record | None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from geofx import recipes
 from geofx.comparison import Role, Scope
-from geofx.errors import ConfigError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
-from geofx.method import Allocation, Form, Method
-from geofx.patterns import nearest
+from geofx.method import Allocation, Form, Method, formats_named
 from geofx.recipes import EMBEDDINGS, Recipe
 from geofx.region import RegionKind
 from geofx.region_analysis import RegionAnalysis
 
 TOGETHER: tuple[RegionKind, ...] = ("shared_input", "gated_mlp", "value_output", "stack")
-Names = Iterable[str] | Literal["all", "none"]
+Names = Iterable[str | type[Factorization]] | Literal["all", "none"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,10 @@ def subjects(
 
 
 def _formats(names: Names) -> list[type[Factorization]]:
-    known = {member.name: member for member in FACTORIZATIONS if member is not Dense}
+    known = [member for member in FACTORIZATIONS if member is not Dense]
     if names == "all":
-        return list(known.values())
-    wanted = [] if names == "none" else list(names)
-    for name in wanted:
-        if name not in known:
-            raise ConfigError(f"no format {name!r}", fix=f"the nearest are {nearest(name, known)}")
-    return [known[name] for name in wanted]
+        return known
+    return list(formats_named(() if names == "none" else names, known))
 
 
 def _methods(member: type[Factorization], kinds: set[RegionKind]) -> Iterator[Method]:
@@ -82,7 +76,9 @@ def _recipes(chosen: Names | Iterable[Recipe]) -> tuple[Recipe, ...]:
     if chosen == "none":
         return ()
     return tuple(
-        found for item in chosen for found in ((item,) if isinstance(item, Recipe) else recipes.named([item]))
+        found
+        for item in _listed(chosen)
+        for found in ((item,) if isinstance(item, Recipe) else recipes.named([item]))
     )
 
 
@@ -92,5 +88,5 @@ def reads_directions(formats: Names, chosen: Names | Iterable[Recipe]) -> bool:
     return any(name == "all" or name.startswith(("activation_subspace", "espace")) for name in named)
 
 
-def _listed(names: Names | Iterable[Recipe]) -> list[str | Recipe]:
+def _listed(names: Names | Iterable[Recipe]) -> list[Any]:
     return [names] if isinstance(names, str) else list(names)

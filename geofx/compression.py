@@ -123,7 +123,7 @@ def certify(
         ConfigError: a bound is not a number, or ``program`` was not made from the original.
         VerificationError: nothing was measured, so there is no ACC.
     """
-    if any(math.isnan(bound) for bound in asked):
+    if any(not isinstance(bound, int | float) or math.isnan(bound) for bound in asked):
         raise ConfigError(
             f"bounds {asked} are not all numbers", fix="pass math.inf to ask nothing of a metric"
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from geofx.errors import PlanError
+from geofx.errors import ConfigError, PlanError
 from geofx.factorizations import FACTORIZATIONS, Factorization
 from geofx.patterns import nearest
 from geofx.region import Region, RegionKind
@@ -120,3 +120,24 @@ def disjoint(analyses: Sequence[RegionAnalysis]) -> list[RegionAnalysis]:
             taken.update(analysis.region.weights)
             kept.append(analysis)
     return kept
+
+
+def formats_named(
+    names: Iterable[str | type[Factorization]] | str | type[Factorization],
+    known: Iterable[type[Factorization]] = FACTORIZATIONS,
+) -> tuple[type[Factorization], ...]:
+    """The formats given by name or by class, each once, in the order given; a single one stands for itself.
+
+    Raises:
+        ConfigError: one is none of ``known``, or has settings: those are the planner's to choose.
+    """
+    members = {member.name: member for member in known}
+    several: Iterable[Any] = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else names
+    found: dict[type[Factorization], None] = {}
+    for item in several:
+        name = item.name if item in members.values() else item
+        if not isinstance(name, str) or name not in members:
+            fix = f"the nearest are {nearest(str(name), members)}; give names, or the classes themselves"
+            raise ConfigError(f"no format {name!r}", fix=fix)
+        found[members[name]] = None
+    return tuple(found)

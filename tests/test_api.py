@@ -135,6 +135,17 @@ def test_row_8_a_pattern_may_name_what_cannot_be_factorized(llama: geofx.Analysi
     assert llama.plan(geofx.Budget(size=0.9, scope="factorizable"), ignore="lm_head").choices == plan.choices
 
 
+def test_formats_go_by_name_or_by_class(llama: geofx.Analysis) -> None:
+    budget = geofx.Budget(size=0.9)
+    expected = llama.plan(budget, formats=[LowRank])
+    assert llama.plan(budget, formats=["low_rank"]) == expected
+    assert llama.plan(budget, formats="low_rank") == expected
+    assert llama.plan(budget, formats=LowRank) == expected
+    for wrong in (["low_rang"], [LowRank(3)], [3], 3):
+        with pytest.raises(ConfigError, match=r"format.*the nearest are"):
+            llama.plan(budget, formats=wrong)  # type: ignore[arg-type]
+
+
 def test_a_pattern_that_matches_nothing_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geofx.api.trace", lambda *args: pytest.fail("traced"))
     with pytest.raises(ConfigError, match="nearest"):

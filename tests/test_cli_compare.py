@@ -67,6 +67,14 @@ def test_every_format_and_recipe_has_a_row_whatever_the_model(capsys: pytest.Cap
     assert any(row.name == "espace-nl_nmse" and row.figures for row in made.rows)
 
 
+def test_both_engines_are_asked_for_by_that_word(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--formats", "low_rank", "--recipes", "none", "--latency", "both", "--json"]
+    assert main([*ARGUMENTS, *chosen]) == 0
+    row = Comparison.from_json(capsys.readouterr().out).rows[0]
+    assert row.figures is not None
+    assert set(row.figures.latency) == {"torch", "onnx"}
+
+
 def test_an_analysis_is_kept_and_used_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--formats", "low_rank", "--recipes", "none", "--json", "--analysis", "kept"]
     assert main([*ARGUMENTS, *chosen]) == 0
@@ -86,6 +94,8 @@ def test_an_analysis_is_kept_and_used_again(folder: Path, capsys: pytest.Capture
         (["--formats", "low_rang"], "no format 'low_rang'"),
         (["--recipes", "svd_lm"], "no recipe 'svd_lm'"),
         (["--latency", "tpu"], "no engine 'tpu'"),
+        (["--latency", "torch,"], "no engine ''"),
+        (["--chart", "same.svg", "-o", "same.svg"], "are one file"),
         (["--chart", "chart.txt"], "is not a chart file"),
         (["--chart", "missing/chart.svg"], "parent folder does not exist"),
         (["-o", "missing/made.json"], "parent folder does not exist"),

@@ -326,6 +326,12 @@ def test_python_front_door_compares_and_draws(model: torch.nn.Module, tmp_path: 
     [
         ({"keep": 1.0}, "a share of 1.0"),
         ({"keep": []}, "no share"),
+        ({"keep": None}, "a share of None"),
+        ({"keep": "0.8"}, "a share of '0.8'"),
+        ({"keep": [0.8, "0.6"]}, "a share of '0.6'"),
+        ({"formats": [LowRank(3)]}, r"no format LowRank\(rank=3"),
+        ({"recipes": "svd_lm"}, "no recipe 'svd_lm'"),
+        ({"latency": "tensorrt"}, "no engine 'tensorrt'"),
         ({"formats": ["low_rang"]}, "the nearest are 'low_rank'"),
         ({"recipes": ["svd_lm"]}, "the nearest are 'svd_llm'"),
         ({"latency": ["tensorrt"]}, "no engine 'tensorrt'"),

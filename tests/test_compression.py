@@ -111,8 +111,9 @@ def test_without_a_measured_loss_or_an_original_there_is_no_certificate(
     with pytest.raises(VerificationError, match="not measured"):
         blind.certify(1.0, 10.0, 0.0, holdout=[])
     assert blind.certify(1.0, 10.0, 0.0, holdout=batches(2, 10)) == result.certify(1.0, 10.0, 0.0)
-    with pytest.raises(ConfigError, match="not all numbers"):
-        result.certify(math.nan, 1.0, 0.0)
+    for bound in (math.nan, "0.1", None):
+        with pytest.raises(ConfigError, match="not all numbers"):
+            result.certify(bound, 1.0, 0.0)  # type: ignore[arg-type]
     loaded = geofx.load(result.save(tmp_path / "out"))
     with pytest.raises(ConfigError, match="original parameters are not known"):
         loaded.certify(1.0, 10.0, 0.0)
