@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from rich.console import Console
 
 import geofx
 from geofx import compare_fits, recipes
@@ -20,10 +18,9 @@ from geofx.analysis import Analysis
 from geofx.compare_cache import Cache, default_folder, digest
 from geofx.compare_run import compare_analysis
 from geofx.compare_subjects import reads_directions, subjects
-from geofx.comparison import Comparison, Figures, Latency, Row
+from geofx.comparison import Comparison, Figures, Row
 from geofx.comparison_figures import draw_chart
-from geofx.comparison_table import comparison_tables
-from geofx.errors import ArtifactCorruptError, ArtifactError, ConfigError
+from geofx.errors import ArtifactError, ConfigError
 from geofx.factorizations import GaugeFixed, LowRank
 from geofx.method import Form, Method
 from geofx.region_analysis import RegionAnalysis
@@ -363,62 +360,6 @@ def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="--cache"):
         Cache(tmp_path / "file" / "below")
-
-
-def test_comparisons_that_are_none_are_refused() -> None:
-    with pytest.raises(ArtifactCorruptError, match="not a comparison: model"):
-        Comparison.from_json("{}")
-
-
-TABLE = """\
-tiny
-1.0 MB, 500.0 k flops per token, loss 2.0000 on 100 tokens
-Losses in nats per token.
-blocks, 80.0 % of the bytes: what is lost
- method              kept     CR    FDL  predicted  measured    KL   top-1
- ─────────────────────────────────────────────────────────────────────────
- low_rank*         79.0 %  0.250  0.002        0.1      0.12  0.11  91.0 %
-blocks, 80.0 % of the bytes: what it costs
- method              kept     bytes  numbers  linear    flops    fit
- ───────────────────────────────────────────────────────────────────
- low_rank*         79.0 %  800.0 kB  200.0 k  90.0 k  400.0 k  1.5 s
-blocks, 80.0 % of the bytes: time
- method              kept   torch  ratio
- ───────────────────────────────────────
- low_rank*         79.0 %  9.0 ms   0.90
-* allocated by the planner, the others the same share of every region.
-ratio: to the original, timed in turns with it.
-Note: 2 x too small: cp 0.8
-"""
-
-
-def test_the_table_as_a_whole() -> None:
-    original = Figures(1_000_000, 250_000, 120_000, 500_000.0, loss=2.0)
-    figures = Figures(
-        800_000,
-        200_000,
-        90_000,
-        400_000.0,
-        compression_ratio=0.25,
-        parameter_mae=0.002,
-        predicted_loss=0.1,
-        loss_increase=0.12,
-        loss=2.12,
-        kl=0.11,
-        top1_agreement=0.91,
-        fit_s=1.5,
-        latency={"torch": Latency(0.009, 0.01)},
-    )
-    rows = (
-        Row("low_rank", "format", "planned", "blocks", 0.8, 0.79, 3, figures),
-        Row("cp", "format", "uniform", "blocks", 0.8, notes=("2 x too small",)),
-    )
-    made = Comparison("tiny\x1b", original, "nats per token", 100, 1000, rows)
-    console = Console(width=80, file=io.StringIO())
-    with console.capture() as capture:
-        console.print(*comparison_tables(made), sep="\n")
-    shown = capture.get().replace("�", "").splitlines()
-    assert [line.rstrip() for line in shown if line.strip()] == TABLE.splitlines()
 
 
 def test_a_method_of_ones_own_can_be_compared(analysis: Analysis, tmp_path: Path) -> None:
