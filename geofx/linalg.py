@@ -46,6 +46,38 @@ def eigh_psd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
     return values[order].clamp_min(0.0) * scale, canonical_signs(vectors[:, order])
 
 
+def leading_axes(grams: Tensor, rank: int, what: str = "Gram matrix") -> Tensor:
+    """(..., n, r): eigenvectors of the r largest eigenvalues of each of a batch (..., n, n), largest first.
+
+    Of matrices as `eigh_psd` takes them, in float64, with its signs.
+
+    Raises:
+        NumericsError: not finite, or every solver failed.
+    """
+    if grams.dim() == 2:
+        return eigh_psd(grams, what)[1][:, :rank]
+    require_finite(grams, what)
+    try:
+        vectors: Tensor = torch.linalg.eigh(grams.double())[1].flip(-1)
+    except RuntimeError as error:
+        logger.warning("%s: the batch did not converge (%s), trying one by one", what, error)
+        one_by_one = [eigh_psd(gram, what)[1] for gram in grams.flatten(0, -3)]
+        vectors = torch.stack(one_by_one).reshape(grams.shape)
+    return canonical_signs(vectors[..., :rank])
+
+
+def cholesky(matrices: Tensor, what: str = "matrix") -> Tensor:
+    """Lower L with L Lᵀ = M for each of a batch (..., n, n), in float64.
+
+    Raises:
+        NumericsError: one is not finite or not positive definite.
+    """
+    root, info = torch.linalg.cholesky_ex(require_finite(matrices, what).double())
+    if bool(info.any()):
+        raise NumericsError(f"{what} is not positive definite", fix="leave this site dense")
+    return root
+
+
 def root_and_inverse(matrix: Tensor, what: str = "matrix", floor: float = 1e-12) -> tuple[Tensor, Tensor]:
     """M^{1/2} and its pseudo-inverse on the live subspace {λ > floor · λ_max}; both (n, n) float64."""
     values, vectors = eigh_psd(matrix, what)
@@ -96,13 +128,8 @@ def unpack_symmetric(packed: Tensor) -> Tensor:
 
 def canonical_signs(vectors: Tensor) -> Tensor:
     """Columns scaled by ±1 so that the entry of largest modulus is positive."""
-    return vectors * _column_signs(vectors)
-
-
-def _column_signs(vectors: Tensor) -> Tensor:
-    peak = vectors.abs().argmax(dim=0)
-    picked = vectors[peak, torch.arange(vectors.shape[1])]
-    return torch.where(picked < 0, -1.0, 1.0).to(vectors.dtype)
+    picked = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return vectors * torch.where(picked < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def _perturbed_eigh(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -171,3 +172,19 @@ def test_onnx_round_trip_at_two_shapes(heads: int) -> None:
         x = torch.randn(*lead, 20)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_largest_candidate_is_smaller_than_the_weight() -> None:
+    """Of 8 x 13 in two heads a third rank of 2 would take all 104 numbers."""
+    region = Region("q", "single", (Site("q", (8, 13), heads=2),))
+    forms = list(BlockTerm.candidates(region, None))  # type: ignore[arg-type]
+    assert [form.ranks[2] for form in forms] == [1]
+    assert sum(map(math.prod, BlockTerm(2, 2, (1, 4, 2)).factor_shapes(region).values())) == 104
+
+
+def test_row_72_factors_of_a_large_half_weight_are_balanced() -> None:
+    weight = (1000 * random_weight(torch.float64, (24, 20))).half()
+    analysis = analysis_of(weight)
+    _, factors = BlockTerm(4, 2, (2, 6, 9)).fit(analysis.weights, analysis)
+    peaks = [float(part.abs().max()) for part in factors.values()]
+    assert max(peaks) < 1.01 * min(peaks)

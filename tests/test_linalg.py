@@ -109,6 +109,28 @@ def test_row_75_matrices_beyond_lapack_are_refused_by_shape() -> None:
         linalg._first_that_converges(huge, linalg._EIGH_LADDER, "huge")
 
 
+def test_row_67_a_batch_that_does_not_converge_is_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = torch.stack([gram(6, 20, seed) for seed in range(4)]).reshape(2, 2, 6, 6)
+    expected, solver = linalg.leading_axes(batch, 3), torch.linalg.eigh
+
+    def only_matrices(matrix: torch.Tensor) -> object:
+        if matrix.dim() > 2:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solver(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", only_matrices)
+    torch.testing.assert_close(linalg.leading_axes(batch, 3), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(linalg.leading_axes(batch[1, 0], 3), expected[1, 0], rtol=1e-8, atol=1e-8)
+
+
+def test_a_matrix_that_has_no_cholesky_factor_is_refused() -> None:
+    batch = torch.stack([gram(6, 20), gram(6, 20) - 5 * torch.eye(6)])
+    root = linalg.cholesky(batch[:1])
+    torch.testing.assert_close(root @ root.mT, batch[:1])
+    with pytest.raises(NumericsError, match="moments is not positive definite"):
+        linalg.cholesky(batch, "moments")
+
+
 @pytest.mark.parametrize("block", [1, 3, 384])
 def test_gram_by_blocks_is_the_gram(block: int) -> None:
     rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from tensorly.decomposition import tensor_train
 from test_factorizations import analysis_of
 from torch import Tensor
 
-from geofx.errors import PlanError
+from geofx.errors import NumericsError, PlanError
 from geofx.factorizations import Factors, TokenMPS, from_json, to_json
 from geofx.region import Region
 from geofx.region_analysis import on_right
@@ -142,3 +142,12 @@ def test_what_does_not_fit_is_refused() -> None:
             form.add_tokens({}, rows)
     with pytest.raises(PlanError, match="only looked up"):
         form.apply(random(24), {})
+
+
+def test_row_72_cores_beyond_the_dtype_are_refused() -> None:
+    table = torch.full((9, 24), 6e4).half()
+    with pytest.raises(NumericsError, match="cores of a table"):
+        fitted(TokenMPS(24, 2, "none"), table)
+    form, rows = TokenMPS(24, 2, "none"), random(9, 24).half()
+    with pytest.raises(NumericsError, match="new rows"):
+        form.add_tokens(fitted(form, rows), torch.full((2, 24), 6e4))

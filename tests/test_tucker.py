@@ -112,3 +112,11 @@ def test_onnx_runtime_agrees_on_a_stack(tmp_path: Path) -> None:
     form, factors = Tucker((24,), (20,), (2, 6, 5)).fit(analysis.weights, analysis)
     for found, expected in outputs_of(form, factors, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_side_whose_metric_is_zero_is_left_as_it_is() -> None:
+    """What nothing downstream looks at has no coordinates to whiten; the factors stay those of HOOI."""
+    weight = random(24, 20)
+    analysis = analysis_of(weight, metric=Metric(None, torch.zeros(24, 24, dtype=torch.float64)))
+    form = Tucker((6, 4), (5, 4), (6, 4, 5, 4))
+    torch.testing.assert_close(form.to_dense(form.fit(analysis.weights, analysis)[1]), weight)

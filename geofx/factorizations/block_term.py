@@ -14,6 +14,7 @@ from torch.nn import functional
 from geofx.errors import PlanError
 from geofx.factorizations.blocks import whole as full
 from geofx.factorizations.contract import Factors, measured_loss
+from geofx.factorizations.folded import balanced
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd, require_finite, root_and_inverse
@@ -55,7 +56,7 @@ class BlockTerm:
         folded, whole = (rows, columns) if region.site.heads > 0 else (columns, rows)
         first, dim = -(-heads // 2), folded // heads
         fixed, each = heads * first + dim * dim, first * dim + whole
-        limit = min(whole, first * dim, (rows * columns // TERMS - fixed) // each)
+        limit = min(whole, first * dim, ((rows * columns - 1) // TERMS - fixed) // each)
         step = max(1, limit // SIZES)
         yield from (
             cls(region.site.heads, TERMS, (first, dim, third)) for third in range(step, limit + 1, step)
@@ -92,7 +93,7 @@ class BlockTerm:
             sweeps=SWEEPS,
             steps=STEPS,
         )
-        factors = _moved({name: part.double() for name, part in refined.items()}, frame.inverses)
+        factors = balanced(_moved({name: part.double() for name, part in refined.items()}, frame.inverses))
         return self, {
             name: require_finite(part.to(weight), f"factor {name}").contiguous()
             for name, part in factors.items()

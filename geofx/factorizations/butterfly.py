@@ -18,7 +18,7 @@ from geofx.factorizations.contract import Factors, measured_loss, rank_grid, req
 from geofx.factorizations.folded import balanced
 from geofx.factorizations.refine import Operator
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
+from geofx.linalg import cholesky, leading_axes, require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis, Weights
 
@@ -199,13 +199,13 @@ def _roots(moment: Tensor | None, index: Tensor) -> Tensor:
     wide = whole(moment, index.numel())
     blocks = wide[index[:, :, None], index[:, None, :]]
     least = 1e-10 * wide.diagonal().max() + torch.finfo(torch.float64).tiny
-    roots: Tensor = torch.linalg.cholesky(blocks + least * torch.eye(index.shape[1], dtype=torch.float64))
-    return roots
+    ridge = least * torch.eye(index.shape[1], dtype=torch.float64)
+    return cholesky(blocks + ridge, "second moment of a block")
 
 
 def _leading(blocks: Tensor, rank: int) -> Tensor:
     """Orthonormal (..., m, r) that span the leading left singular vectors of ``blocks`` (..., m, n)."""
     wide = blocks.shape[-2] <= blocks.shape[-1]
-    axes: Tensor = torch.linalg.eigh(blocks @ blocks.mT if wide else blocks.mT @ blocks)[1][..., -rank:]
+    axes = leading_axes(blocks @ blocks.mT if wide else blocks.mT @ blocks, rank, "split")
     basis: Tensor = axes if wide else torch.linalg.qr(blocks @ axes)[0]
     return basis

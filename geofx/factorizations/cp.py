@@ -15,7 +15,7 @@ from geofx.factorizations.contract import Factors, measured_loss, require_rank
 from geofx.factorizations.folded import fit_folded, rank_path, require_folds
 from geofx.factorizations.folds import fold
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd
+from geofx.linalg import leading_axes
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -197,7 +197,7 @@ def _split(matrices: Tensor) -> tuple[Tensor, Tensor]:
     tall = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if tall else matrices
     grams = wide @ wide.mT
-    basis = eigh_psd(grams[0], "fold")[1].unsqueeze(0) if len(grams) == 1 else torch.linalg.eigh(grams)[1]
+    basis = leading_axes(grams, grams.shape[-1], "fold")
     scaled = basis.mT @ wide
     return (scaled.mT, basis.mT) if tall else (basis, scaled)
 

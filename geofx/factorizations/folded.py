@@ -136,8 +136,12 @@ def _coordinates(rows: tuple[int, ...], columns: tuple[int, ...], metrics: list[
 
 
 def _mean(moments: list[tuple[Tensor | None, float]]) -> Tensor | None:
+    """The mean; None, the identity, where one is not known or all are zero."""
     known = [scale * moment.double() for moment, scale in moments if moment is not None]
-    return sum(known[1:], known[0]) / len(known) if len(known) == len(moments) else None
+    if len(known) < len(moments):
+        return None
+    total = sum(known[1:], known[0])
+    return total / len(known) if bool(total.any()) else None
 
 
 def _partial(moment: Tensor, folds: tuple[int, ...], mode: int) -> Tensor:
@@ -229,7 +233,7 @@ def fit_folded(
     best = refine(dense, balanced(best), goal, gradient, sweeps, steps)
     best = {name: part.double() for name, part in best.items()}
     best = balanced(coordinates.move_factors(best, axes, False), size)
-    return {name: part.to(weights.dtype) for name, part in best.items()}
+    return {name: require_finite(part.to(weights), f"factor {name}") for name, part in best.items()}
 
 
 def balanced(parts: Factors, scale: float = 1.0) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss, require_rank
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
+from geofx.linalg import cholesky, require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis, Truncation, Weights, on_right, truncate
 
@@ -161,7 +161,8 @@ class _Split:
         if output is not None and output.dim() == 2:
             whole = output.double()
             cross = whole[kept][:, others]
-            mix = torch.linalg.solve(whole[kept][:, kept], cross)
+            root = cholesky(whole[kept][:, kept], "second moment of the kept outputs")
+            mix = torch.cholesky_solve(cross, root)
             output = whole[others][:, others] - cross.T @ mix
         elif output is not None:
             output = output[others]
@@ -178,4 +179,6 @@ def _inverse_diagonal(output: Tensor | None) -> Tensor:
     """(G⁻¹)_ii."""
     if output is None:
         return torch.ones(())
-    return torch.linalg.inv(output.double()).diagonal() if output.dim() == 2 else 1.0 / output.double()
+    if output.dim() == 1:
+        return 1.0 / output.double()
+    return torch.cholesky_inverse(cholesky(output, "second moment of the outputs")).diagonal()

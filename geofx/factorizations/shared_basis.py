@@ -15,7 +15,7 @@ from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
-from geofx.region_analysis import RegionAnalysis, Weights
+from geofx.region_analysis import RegionAnalysis, Weighting, Weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SharedBasis:
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The truncation under the mean A, or under none where that is nearer, refined under each layer's."""
         target = analysis.stacked
-        starts = [self._start(analysis, weighting) for weighting in ("two_sided", "none")]
+        starts = [self._start(analysis, "two_sided"), self._start(analysis, "none")]
         best = min(starts, key=lambda parts: analysis.stacked_loss(target - _dense(parts)))
         refined = refine(_dense, best, target, analysis.stacked_gradient())
         factors = {of_site("left", site): left for site, left in enumerate(refined["left"])}
@@ -62,8 +62,8 @@ class SharedBasis:
             name: require_finite(part.to(like), f"factor {name}").clone() for name, part in factors.items()
         }
 
-    def _start(self, analysis: RegionAnalysis, weighting: str) -> dict[str, Tensor]:
-        whole = analysis.truncation_under(weighting)  # type: ignore[arg-type]
+    def _start(self, analysis: RegionAnalysis, weighting: Weighting) -> dict[str, Tensor]:
+        whole = analysis.truncation_under(weighting)
         lefts = whole.left[:, : self.rank].reshape(len(analysis.weights), -1, self.rank)
         return {
             "left": lefts.to(analysis.stacked.dtype),

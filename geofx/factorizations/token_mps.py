@@ -16,7 +16,7 @@ from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
+from geofx.linalg import leading_axes, require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights, on_right
 
@@ -101,7 +101,7 @@ class TokenMPS:
         like = factors[_cores(0)]
         packed = torch.cat([self._packed(part, None) for part in torch.split(rows.detach(), CHUNK)])
         grown = replace(self, added=(*self.added, len(rows)))
-        return grown, {**factors, _cores(len(grown.added)): require_finite(packed, "new rows").to(like)}
+        return grown, {**factors, _cores(len(grown.added)): require_finite(packed.to(like), "new rows")}
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """Raises PlanError: a head would have to rebuild every row for every token."""
@@ -145,7 +145,8 @@ class TokenMPS:
         start = self._decomposed(rows.double())
         if moment is not None:
             start = self._refined(start, rows if rows.dtype == torch.float64 else rows.float(), moment)
-        return torch.cat([core.flatten(1) for core in start], 1).to(rows)
+        packed = torch.cat([core.flatten(1) for core in start], 1)
+        return require_finite(packed.to(rows), "cores of a table")
 
     def _decomposed(self, rows: Tensor) -> list[Tensor]:
         """TT-SVD of all rows, each bond's basis the leading eigenvectors of a small Gram matrix."""
@@ -154,7 +155,7 @@ class TokenMPS:
         found = []
         for left, mode, right in self.cores[:-1]:
             unfolded = rest.reshape(len(rows), left * mode, -1)
-            basis = torch.linalg.eigh(unfolded @ unfolded.mT)[1][..., -right:]
+            basis = leading_axes(unfolded @ unfolded.mT, right, "rows of a table")
             found.append(torch.unflatten(basis, 1, (left, mode)))
             rest = basis.mT @ unfolded
         return [*found, rest.unsqueeze(-1)]
