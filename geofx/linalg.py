@@ -46,6 +46,11 @@ def eigh_psd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
     return values[order].clamp_min(0.0) * scale, canonical_signs(vectors[:, order])
 
 
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for weights of it, float32 for all others."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def leading_axes(grams: Tensor, rank: int, what: str = "Gram matrix") -> Tensor:
     """(..., n, r): eigenvectors of the r largest eigenvalues of each of a batch (..., n, n), largest first.
 
@@ -72,6 +77,7 @@ def cholesky(matrices: Tensor, what: str = "matrix") -> Tensor:
     Raises:
         NumericsError: one is not finite or not positive definite.
     """
+    root: Tensor
     root, info = torch.linalg.cholesky_ex(require_finite(matrices, what).double())
     if bool(info.any()):
         raise NumericsError(f"{what} is not positive definite", fix="leave this site dense")
@@ -79,7 +85,13 @@ def cholesky(matrices: Tensor, what: str = "matrix") -> Tensor:
 
 
 def root_and_inverse(matrix: Tensor, what: str = "matrix", floor: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """M^{1/2} and its pseudo-inverse on the live subspace {λ > floor · λ_max}; both (n, n) float64."""
+    """M^{1/2} and its pseudo-inverse on the live subspace {λ > floor · λ_max}; both (n, n) float64.
+
+    Of a diagonal, given as a vector, the diagonals; exact, so that all that is above 0 is live.
+    """
+    if matrix.dim() == 1:
+        root = matrix.double().clamp_min(0.0).sqrt()
+        return root, torch.where(root > 0, 1.0 / root, 0.0)
     values, vectors = eigh_psd(matrix, what)
     live = values > floor * values[0].clamp_min(torch.finfo(torch.float64).tiny)
     root = torch.where(live, values.sqrt(), 0.0)

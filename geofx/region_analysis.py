@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geofx.linalg import FULL_DECOMPOSITION_LIMIT, eigh_psd, require_finite, root_and_inverse, shrink
+from geofx.linalg import (
+    FULL_DECOMPOSITION_LIMIT,
+    eigh_psd,
+    require_finite,
+    root_and_inverse,
+    shrink,
+    working_dtype,
+)
 from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
@@ -102,34 +109,32 @@ def truncate(weight: Tensor, metric: Metric, what: str = "weight") -> Truncation
         work, metric, what
     )
     balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(weight)
     spectrum = Spectrum((metric.scale * squares).numpy(force=True))
     return Truncation((left * balance).to(dtype), (right / balance[:, None]).to(dtype), spectrum)
 
 
 def _from_input_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    root, inverse = _roots(metric.input, weight.shape[1], what)
+    root, inverse = roots(metric.input, weight.shape[1], what)
     lifted = weight @ root
     squares, vectors = eigh_psd(lifted.T @ metric.left(lifted), what)
     return lifted @ vectors, vectors.T @ inverse, squares
 
 
 def _from_output_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    root, inverse = _roots(metric.output, weight.shape[0], what)
+    root, inverse = roots(metric.output, weight.shape[0], what)
     lifted = root @ weight
     squares, vectors = eigh_psd(on_right(lifted, metric.input) @ lifted.T, what)
     return inverse @ vectors, vectors.T @ lifted, squares
 
 
-def _roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]:
+def roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]:
+    """M^{1/2} and its inverse, (size, size), for M given whole, by its diagonal, or as None."""
     if matrix is None:
         eye = torch.eye(size, dtype=torch.float64)
         return eye, eye
-    if matrix.dim() == 1:
-        root = matrix.double().clamp_min(0.0).sqrt()
-        return root.diag(), torch.where(root > 0, 1.0 / root, 0.0).diag()
     root, inverse = _recent_roots(matrix, f"second moment at {what}")
-    return root, inverse
+    return (root.diag(), inverse.diag()) if matrix.dim() == 1 else (root, inverse)
 
 
 class Recent:
@@ -186,7 +191,7 @@ class RegionAnalysis:
     def stacked(self) -> Tensor:
         """(sites, out, in): the weights of sites of one shape, in float64 where they are, else in float32."""
         weights = torch.stack([require_finite(weight, name) for name, weight in self.weights.items()])
-        return weights if weights.dtype == torch.float64 else weights.float()
+        return weights.to(working_dtype(weights))
 
     def stacked_gradient(self) -> Callable[[Tensor], Tensor]:
         """ΔW (sites, out, in) -> scale_i · G_i ΔW_i A_i for each site i: half the gradient of the loss."""

@@ -9,14 +9,11 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from geofx.factorizations.blocks import Fold, compose, fit_blocks, multiply, require_fold
-from geofx.factorizations.contract import Factors, measured_loss, require_rank
+from geofx.factorizations.contract import SIZES, Factors, measured_loss, require_rank
 from geofx.factorizations.folds import divisors
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
-
-STEPS = 64
-"""Sizes that are proposed: one format for each 64th of the weight's bytes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class BlockTensorTrain:
                 size = out * n1 + width * rows[1]
                 uneven = max(rows) / min(rows) * max(columns) / min(columns)
                 for rank in range(1, -(-out * width // size)):
-                    step = STEPS * rank * size // (out * width)
+                    step = SIZES * rank * size // (out * width)
                     entry = uneven, rank * size, cls(rank, rows, columns)
                     best[step] = min(best.get(step, entry), entry, key=lambda item: item[:2])
         yield from (best[step][2] for step in sorted(best))

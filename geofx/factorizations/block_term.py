@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from geofx.errors import PlanError
 from geofx.factorizations.blocks import whole as full
-from geofx.factorizations.contract import Factors, measured_loss
+from geofx.factorizations.contract import Factors, measured_loss, stored
 from geofx.factorizations.folded import balanced
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd, require_finite, root_and_inverse
+from geofx.linalg import leading_axes, root_and_inverse, working_dtype
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -83,7 +83,7 @@ class BlockTerm:
         plain = _moved(_deflated(frame.plain, self.ranks, self.terms, None), frame.roots)
         white = _deflated(frame.target, self.ranks, self.terms, frame.form)
         best = min((white, plain), key=frame.loss)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(weight)
         form = frame.form.to(dtype)
         refined = refine(
             _sum,
@@ -94,10 +94,7 @@ class BlockTerm:
             steps=STEPS,
         )
         factors = balanced(_moved({name: part.double() for name, part in refined.items()}, frame.inverses))
-        return self, {
-            name: require_finite(part.to(weight), f"factor {name}").contiguous()
-            for name, part in factors.items()
-        }
+        return self, stored(factors, weight)
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """Tokens through R, C, V and U, or the other way round."""
@@ -231,7 +228,7 @@ def _deflated(tensor: Tensor, ranks: tuple[int, int, int], terms: int, form: Ten
         unfolded = tensor.flatten(1), tensor.movedim(1, 0).flatten(1), flat.T
         grams = [part @ part.T for part in unfolded[:2]]
         grams.append(flat.T @ (flat if form is None else form @ flat))
-        bases = [eigh_psd(gram)[1][:, :rank] for gram, rank in zip(grams, ranks, strict=True)]
+        bases = [leading_axes(gram, rank) for gram, rank in zip(grams, ranks, strict=True)]
         core = _multiplied(tensor, [basis.T for basis in bases])
         tensor = tensor - _multiplied(core, bases)
         blocks.append((*bases, core))

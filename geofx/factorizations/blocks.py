@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors
+from geofx.factorizations.contract import Factors, stored
 from geofx.factorizations.refine import Dense, Operator, Preconditioner, refine
-from geofx.linalg import eigh_psd, require_finite
+from geofx.linalg import leading_axes, require_finite, working_dtype
 from geofx.region import Region
 from geofx.region_analysis import RegionAnalysis
 
@@ -54,7 +54,7 @@ def truncate_blocks(
     root = _root(inputs)
     lifted = blocks.double() if root is None else blocks.double() @ root
     gram = lifted.mT @ (lifted if outputs is None else outputs.double() @ lifted)
-    axes = _leading_axes(gram, rank)
+    axes = leading_axes(gram, rank, "a block's Gram matrix")
     left = lifted @ axes
     right = axes.mT if root is None else torch.linalg.solve_triangular(root.mT, axes, upper=True).mT
     balance = (right.norm(dim=-1) / left.norm(dim=-2).clamp_min(1e-300)).clamp(1e-150, 1e150).sqrt()
@@ -67,17 +67,6 @@ def _root(moment: Tensor | None) -> Tensor | None:
         return None
     root, info = torch.linalg.cholesky_ex(moment.double())
     return None if bool(info.any()) else root
-
-
-def _leading_axes(gram: Tensor, rank: int) -> Tensor:
-    """(..., q, r): the eigenvectors of the r largest eigenvalues, largest first."""
-    require_finite(gram, "a block's Gram matrix")
-    try:
-        vectors: Tensor = torch.linalg.eigh(gram)[1].flip(-1)
-    except RuntimeError:
-        flat = gram.reshape(-1, *gram.shape[-2:])
-        vectors = torch.stack([eigh_psd(one, "a block's Gram matrix")[1] for one in flat]).reshape(gram.shape)
-    return vectors[..., :rank]
 
 
 def whole(moment: Tensor | None, size: int) -> Tensor:
@@ -124,14 +113,7 @@ def refine_best(
 
     typed = [{name: part.to(dtype) for name, part in start.items()} for start in starts]
     refined = refine(dense, min(typed, key=loss), target, metric.gradient, inverse=inverse, **counts)
-    return {
-        name: require_finite(part.to(weight), f"factor {name}").contiguous() for name, part in refined.items()
-    }
-
-
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """float64 for weights of it, float32 for all others."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return stored(refined, weight)
 
 
 def fit_blocks(rank: int, rows: Fold, columns: Fold, analysis: RegionAnalysis) -> dict[str, Tensor]:

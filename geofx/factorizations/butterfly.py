@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from geofx.errors import PlanError
-from geofx.factorizations.blocks import inverses, refine_best, whole, working_dtype
+from geofx.factorizations.blocks import inverses, refine_best, whole
 from geofx.factorizations.contract import Factors, measured_loss, rank_grid, require_rank
 from geofx.factorizations.folded import balanced
 from geofx.factorizations.refine import Operator
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import cholesky, leading_axes, require_finite
+from geofx.linalg import cholesky, leading_axes, require_finite, working_dtype
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis, Weights
 
@@ -114,8 +114,8 @@ class Butterfly:
         rows, columns = weight.shape
         half, size = 2 ** (self.levels - 1), 2**self.levels
         down = torch.arange(rows).view(2, half, -1).transpose(0, 1).flatten(1)
-        left = _roots(metric.output, down)
-        right = _roots(metric.input, torch.arange(columns).view(half, -1))
+        left = _triangular(metric.output, down)
+        right = _triangular(metric.input, torch.arange(columns).view(half, -1))
         lifted = (left.mT @ weight.double()[down]).view(half, -1, half, 2 * columns // size).transpose(1, 2)
         rest = (lifted @ right).transpose(1, 2).reshape(half, 2, rows // size, columns)
         rest = rest.transpose(0, 1).reshape(1, size, rows // size, columns)
@@ -194,7 +194,7 @@ class Butterfly:
         return GeometricForm(tuple(spaces), tuple(steps))
 
 
-def _roots(moment: Tensor | None, index: Tensor) -> Tensor:
+def _triangular(moment: Tensor | None, index: Tensor) -> Tensor:
     """Lower Cholesky factors (blocks, n, n) of the diagonal blocks of ``moment`` at ``index`` (blocks, n)."""
     wide = whole(moment, index.numel())
     blocks = wide[index[:, :, None], index[:, None, :]]

@@ -6,14 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.geometry import GeometricForm
+from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
 Factors = Mapping[str, Tensor]
+
+SIZES = 64
+"""How many sizes a format proposes for a weight, about evenly spaced below its own."""
 
 
 @runtime_checkable
@@ -112,9 +117,23 @@ def factored_loss(form: Factorization, factors: Factors, analysis: RegionAnalysi
     )
 
 
+def stored(parts: Factors, like: Tensor) -> dict[str, Tensor]:
+    """Factors in the dtype of the weight ``like``, each with memory of its own; integer ones as they are.
+
+    Raises:
+        NumericsError: a factor is not finite in that dtype.
+    """
+    return {
+        name: require_finite(part.to(like), f"factor {name}").clone(memory_format=torch.contiguous_format)
+        if part.is_floating_point()
+        else part
+        for name, part in parts.items()
+    }
+
+
 def rank_grid(limit: int, size: int) -> range:
-    """Ranks below ``limit``, in steps that are a power of two and near ``size`` / 64."""
-    step = 1 << max(0, (size // 64).bit_length() - 1)
+    """Ranks below ``limit``, in steps that are a power of two and near ``size`` / `SIZES`."""
+    step = 1 << max(0, (size // SIZES).bit_length() - 1)
     return range(step, limit, step)
 
 

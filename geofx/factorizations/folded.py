@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors
+from geofx.factorizations.contract import SIZES, Factors, stored
 from geofx.factorizations.folds import fold
 from geofx.factorizations.refine import refine
-from geofx.linalg import require_finite, root_and_inverse
+from geofx.linalg import root_and_inverse
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis, on_left
 
 Axes = Mapping[str, Mapping[int, int]]
 """Factor -> its axis -> the fold, counted through rows and then columns, that runs along it."""
-
-PATH_STEPS = 64
-"""Settings that a rank path offers between nothing and the dense size."""
 
 MOST_UNEVEN = 4.0
 """Ratio of the largest to the smallest fold above which padding the rows is cheaper than the folds."""
@@ -34,13 +31,13 @@ def rank_path(
     dense: int,
     clip: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ranks: ranks,
 ) -> Iterator[tuple[int, ...]]:
-    """Ranks that grow together towards ``limits``, about dense / 64 numbers apart, all below ``dense``.
+    """Ranks that grow together towards ``limits``, about dense / `SIZES` numbers apart, all below ``dense``.
 
     ``clip`` takes off what a rank has beyond what its neighbours can use.
     """
     ranks, last = [1] * len(limits), -dense
     while (numbers := size(useful := clip(tuple(ranks)))) < dense:
-        if numbers >= last + dense / PATH_STEPS:
+        if numbers >= last + dense / SIZES:
             yield useful
             last = numbers
         below = [mode for mode, limit in enumerate(limits) if ranks[mode] < limit]
@@ -129,7 +126,8 @@ def _coordinates(rows: tuple[int, ...], columns: tuple[int, ...], metrics: list[
         (columns, _mean([(metric.input, 1.0) for metric in metrics])),
     ):
         for mode in range(len(folds)):
-            root, inverse = _roots(_partial(moment, folds, mode)) if moment is not None else (None, None)
+            part = None if moment is None else _partial(moment, folds, mode)
+            root, inverse = (None, None) if part is None else root_and_inverse(part, "moment along a fold")
             roots.append(root)
             inverses.append(inverse)
     return Coordinates(rows, columns, tuple(roots), tuple(inverses))
@@ -152,13 +150,6 @@ def _partial(moment: Tensor, folds: tuple[int, ...], mode: int) -> Tensor:
         return part / part.mean()
     part = torch.einsum("aibajb->ij", moment.reshape(before, size, after, before, size, after))
     return part / part.diagonal().mean()
-
-
-def _roots(part: Tensor) -> tuple[Tensor, Tensor]:
-    if part.dim() == 2:
-        return root_and_inverse(part, "second moment along a fold")
-    root = part.clamp_min(0.0).sqrt()
-    return root, torch.where(root > 0, 1.0 / root, 0.0)
 
 
 def _congruent(
@@ -202,11 +193,11 @@ def fit_folded(
         steps: of `refine`.
 
     Returns:
-        Factors of equal largest entry, in the dtype that the work was done in.
+        Factors of equal largest entry, as they are stored.
     """
     rows, columns = folds
-    weights = torch.stack([require_finite(weight, name) for name, weight in analysis.weights.items()])
-    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    weights = analysis.stacked
+    dtype = weights.dtype
     size = float(weights.abs().max()) or 1.0
     target = _pad_rows(weights.double() / size, math.prod(rows))
     metrics = [
@@ -220,10 +211,8 @@ def fit_folded(
     if any(root is not None for root in coordinates.roots):
         starts.append(start(moved.reshape(shape)))
     goal = moved.to(dtype)
-
-    def gradient(change: Tensor) -> Tensor:
-        pairs = zip(moved_metrics, change, strict=True)
-        return torch.stack([metric.scale * metric.gradient(part) for metric, part in pairs])
+    whitened = dict(zip(analysis.weights, moved_metrics, strict=True))
+    gradient = replace(analysis, metrics=whitened).stacked_gradient()
 
     def loss(parts: Factors) -> float:
         change = goal - dense(parts)
@@ -233,7 +222,7 @@ def fit_folded(
     best = refine(dense, balanced(best), goal, gradient, sweeps, steps)
     best = {name: part.double() for name, part in best.items()}
     best = balanced(coordinates.move_factors(best, axes, False), size)
-    return {name: require_finite(part.to(weights), f"factor {name}") for name, part in best.items()}
+    return stored(best, next(iter(analysis.weights.values())))
 
 
 def balanced(parts: Factors, scale: float = 1.0) -> dict[str, Tensor]:

@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors, measured_loss, require_rank
+from geofx.factorizations.contract import SIZES, Factors, measured_loss, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd, require_finite, root_and_inverse
+from geofx.linalg import eigh_psd, require_finite
 from geofx.region import Region, RegionKind
-from geofx.region_analysis import Metric, RegionAnalysis, Weights
-
-SIZES = 64
-"""Sizes proposed, evenly spaced up to that of the weight."""
+from geofx.region_analysis import RegionAnalysis, Weights, roots
 
 
 @dataclass(frozen=True)
@@ -88,14 +85,13 @@ class GroupReduce:
         for _ in range(self.exchanges):
             blocks = blocks.exchanged(axes)
             axes = blocks.axes(self.ranks)
-        root, inverse = _roots(analysis.metric, weight.shape[1])
+        root, inverse = roots(analysis.metric.input, weight.shape[1], analysis.region.name)
         parts = {"right": torch.cat([axis.T @ inverse for axis in axes])}
         wide = require_finite(weight, analysis.region.name).double()
         for block, (rows, axis) in enumerate(zip(blocks.members, axes, strict=True)):
             parts[_left(block)] = wide[rows] @ root @ axis
-        factors = {name: require_finite(part.to(weight), f"factor {name}") for name, part in parts.items()}
-        order = torch.cat(blocks.members)
-        return self, {**factors, "index": torch.argsort(order).to(torch.int32)}
+        parts["index"] = torch.argsort(torch.cat(blocks.members)).int()
+        return self, stored(parts, weight)
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """L_b (R_b x) of every block, put in the rows' own order."""
@@ -163,7 +159,8 @@ class _Blocks:
         weight, metric = analysis.weight, analysis.metric
         shares = torch.ones(len(weight)) if metric.output is None else metric.output
         shares = (shares if shares.dim() == 1 else shares.diagonal()).double()
-        lifted = require_finite(weight, analysis.region.name).double() @ _roots(metric, weight.shape[1])[0]
+        root, _ = roots(metric.input, weight.shape[1], analysis.region.name)
+        lifted = require_finite(weight, analysis.region.name).double() @ root
         order = shares.argsort(descending=True, stable=True)
         return cls(lifted * (metric.scale * shares).sqrt()[:, None], torch.split(order, list(sizes)))
 
@@ -186,13 +183,6 @@ class _Blocks:
                 rows[order], [len(part) for part in members[block : block + 2]]
             )
         return replace(self, members=tuple(members))
-
-
-def _roots(metric: Metric, columns: int) -> tuple[Tensor, Tensor]:
-    if metric.input is None:
-        eye = torch.eye(columns, dtype=torch.float64)
-        return eye, eye
-    return root_and_inverse(metric.input, "second moment of the rows")
 
 
 def _left(block: int) -> str:

@@ -12,13 +12,12 @@ from pydantic import PlainValidator, ValidationInfo
 from torch import Tensor
 
 from geofx.errors import PlanError
-from geofx.factorizations.blocks import working_dtype
-from geofx.factorizations.contract import Factorization, Factors, measured_loss
+from geofx.factorizations.contract import Factorization, Factors, measured_loss, stored
 from geofx.factorizations.low_rank import LowRank
 from geofx.factorizations.refine import refine
 from geofx.factorizations.tensor_train import TensorTrain
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
+from geofx.linalg import require_finite, working_dtype
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis, Weights
 
@@ -100,10 +99,7 @@ class Hybrid:
         pairs = [self._in_turn(work, analysis, used) for used in (Metric(), metric)]
         best, start = min(pairs, key=lambda pair: metric.loss(work - pair[0].to_dense(pair[1])))
         parts = refine(best.to_dense, start, work, metric.gradient, SWEEPS, STEPS)
-        return best, {
-            name: require_finite(part.to(weight), f"factor {name}") if part.is_floating_point() else part
-            for name, part in parts.items()
-        }
+        return best, stored(parts, weight)
 
     def _in_turn(
         self, weight: Tensor, analysis: RegionAnalysis, metric: Metric

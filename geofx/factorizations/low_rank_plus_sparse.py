@@ -11,14 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors, measured_loss, require_rank
+from geofx.factorizations.contract import SIZES, Factors, measured_loss, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import cholesky, require_finite
+from geofx.linalg import cholesky
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis, Truncation, Weights, on_right, truncate
-
-SIZES = 64
-"""Sizes proposed, evenly spaced below the weight's."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,8 @@ class LowRankPlusSparse:
         if not torch.equal(again, best.kept):
             best = min(best, _Split.of(weight, metric, again), key=self._loss)
         parts = best.factors(weight, self.rank)
-        cast = {name: require_finite(part.to(weight), f"factor {name}") for name, part in parts.items()}
-        return self, {**cast, "index": torch.argsort(torch.cat([best.others, best.kept])).int()}
+        order = torch.argsort(torch.cat([best.others, best.kept])).int()
+        return self, stored({**parts, "index": order}, weight)
 
     def _worst(self, weight: Tensor, metric: Metric, whole: Truncation, free: Tensor | None = None) -> Tensor:
         """The k rows, ascending, that lose most on the row space of R: ‖E_i‖²_A / (G⁻¹)_ii.

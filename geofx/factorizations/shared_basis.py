@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, measured_loss, of_site, rank_grid, require_rank
+from geofx.factorizations.contract import Factors, measured_loss, of_site, rank_grid, require_rank, stored
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weighting, Weights
 
@@ -58,9 +57,7 @@ class SharedBasis:
         factors = {of_site("left", site): left for site, left in enumerate(refined["left"])}
         factors["right"] = refined["right"]
         like = next(iter(weights.values()))
-        return self, {
-            name: require_finite(part.to(like), f"factor {name}").clone() for name, part in factors.items()
-        }
+        return self, stored(factors, like)
 
     def _start(self, analysis: RegionAnalysis, weighting: Weighting) -> dict[str, Tensor]:
         whole = analysis.truncation_under(weighting)

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors, measured_loss
+from geofx.factorizations.contract import Factors, measured_loss, stored
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -62,7 +61,7 @@ class SharedWeight:
             STEPS,
         )
         like = next(iter(weights.values()))
-        return self, {"weight": require_finite(refined["weight"].to(like), "factor weight").clone()}
+        return self, stored(refined, like)
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """x Wᵀ."""

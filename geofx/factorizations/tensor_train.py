@@ -16,7 +16,7 @@ from geofx.factorizations.contract import Factors, measured_loss, of_site, requi
 from geofx.factorizations.folded import fit_folded, from_left, padded_fold, rank_path, require_folds
 from geofx.factorizations.folds import fold
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd
+from geofx.linalg import leading_axes
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -200,11 +200,12 @@ def tt_svd(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Orthonormal U and U^T M of the best approximation of M of rank r, from the smaller Gram matrix."""
     if matrix.shape[0] <= matrix.shape[1]:
-        basis = eigh_psd(matrix @ matrix.T, "fold")[1][:, :rank]
+        basis = leading_axes(matrix @ matrix.T, rank, "fold")
         return basis, basis.T @ matrix
-    squares, vectors = eigh_psd(matrix.T @ matrix, "fold")
-    sizes, vectors = squares[:rank].sqrt(), vectors[:, :rank]
-    return matrix @ vectors * torch.where(sizes > 0, 1.0 / sizes, 0.0), (vectors * sizes).T
+    vectors = leading_axes(matrix.T @ matrix, rank, "fold")
+    scaled = matrix @ vectors
+    sizes = scaled.norm(dim=0)
+    return scaled * torch.where(sizes > 0, 1.0 / sizes, 0.0), (vectors * sizes).T
 
 
 def _folds(region: Region) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -16,7 +16,7 @@ from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss
 from geofx.factorizations.refine import refine
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import leading_axes, require_finite
+from geofx.linalg import leading_axes, require_finite, working_dtype
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights, on_right
 
@@ -144,7 +144,7 @@ class TokenMPS:
         """The cores of each row, in its dtype; without a ``moment`` those of TT-SVD."""
         start = self._decomposed(rows.double())
         if moment is not None:
-            start = self._refined(start, rows if rows.dtype == torch.float64 else rows.float(), moment)
+            start = self._refined(start, rows.to(working_dtype(rows)), moment)
         packed = torch.cat([core.flatten(1) for core in start], 1)
         return require_finite(packed.to(rows), "cores of a table")
 

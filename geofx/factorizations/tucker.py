@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import PlanError
-from geofx.factorizations.contract import Factors, measured_loss, of_site, require_rank
-from geofx.factorizations.folded import PATH_STEPS, along, fit_folded, from_left, rank_path, require_folds
+from geofx.factorizations.contract import SIZES, Factors, measured_loss, of_site, require_rank
+from geofx.factorizations.folded import along, fit_folded, from_left, rank_path, require_folds
 from geofx.factorizations.folds import fold
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd
+from geofx.linalg import leading_axes
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -158,9 +158,9 @@ def _stack_ranks(sizes: tuple[int, int, int]) -> Iterator[tuple[int, ...]]:
             ranks = _useful((depth, *sides))
             numbers = _numbers(sizes, ranks)
             found = (abs(depth / layers - step / SIDE_STEPS), numbers, ranks)
-            bucket = numbers * PATH_STEPS // dense
+            bucket = numbers * SIZES // dense
             best[bucket] = min(best.get(bucket, found), found)
-    return (best[bucket][2] for bucket in sorted(best) if bucket < PATH_STEPS)
+    return (best[bucket][2] for bucket in sorted(best) if bucket < SIZES)
 
 
 def _numbers(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> int:
@@ -191,7 +191,7 @@ def hooi(tensor: Tensor, ranks: tuple[int, ...], sweeps: int) -> tuple[Tensor, l
 def _basis(tensor: Tensor, mode: int, rank: int) -> Tensor:
     """(size, rank): leading left singular vectors of the unfolding along ``mode``, from its Gram matrix."""
     unfolded = tensor.movedim(mode, 0).flatten(1)
-    return eigh_psd(unfolded @ unfolded.T, "fold")[1][:, :rank]
+    return leading_axes(unfolded @ unfolded.T, rank, "fold")
 
 
 def _project(tensor: Tensor, bases: list[Tensor], but: int | None) -> Tensor:
