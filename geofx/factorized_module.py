@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geofx.errors import ConfigError
-from geofx.factorizations import Dense, Factored, Factorization, Factors, Lookup
+from geofx.factorizations import Dense, Factored, Factorization, Factors, Growing, Lookup
 from geofx.factorizations.contract import of_site
 
 PROBE_SHAPE = (2, 3)
@@ -57,7 +57,7 @@ class FactorizedLayer(nn.Module):
         self.factorization, self.transposed = factorization, transposed
         belonging = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
         own = {name.partition("@")[0]: part for name, part in belonging.items()}
-        self._attributes = {name: f"{leaf}_{name}" for name in own}
+        self._leaf, self._attributes = leaf, {name: f"{leaf}_{name}" for name in own}
         for name, value in own.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(self._attributes[name], value)
@@ -111,6 +111,19 @@ class FactorizedEmbedding(FactorizedLayer):
         """Look up ``ids``, integers of any shape; returns (..., dim)."""
         assert isinstance(self.factorization, Lookup)
         return self.factorization.lookup(ids, self.factors)
+
+    def add_tokens(self, rows: Tensor) -> None:
+        """Grow the vocabulary by ``rows`` (n, dim); what is stored is neither read nor copied.
+
+        Raises:
+            ConfigError: the format does not store each row on its own.
+        """
+        if not isinstance(self.factorization, Growing):
+            raise ConfigError(f"a table as {self.factorization.name} cannot grow", fix="use token_mps")
+        self.factorization, grown = self.factorization.add_tokens(self.factors, rows)
+        for name in grown.keys() - self._attributes.keys():
+            self._attributes[name] = f"{self._leaf}_{name}"
+            self.register_parameter(self._attributes[name], nn.Parameter(grown[name]))
 
 
 def _belongs(factor: str, site: int, factors: Factors) -> bool:

@@ -12,8 +12,8 @@ from test_factorizations import random_analysis
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from geofx.errors import ConfigError
-from geofx.factorizations import Dense, Factored, Factorization, Factors, GaugeFixed, LowRank
+from geofx.errors import ConfigError, GeofxError
+from geofx.factorizations import Dense, Factored, Factorization, Factors, GaugeFixed, LowRank, TokenMPS
 from geofx.factorized_module import FactorizedLinear
 from geofx.factorized_module import factorize_module as factorize_regions
 from geofx.region import Region
@@ -365,3 +365,25 @@ def test_a_layer_of_every_site_is_what_the_region_is_there(name: str) -> None:
         layer = FactorizedLinear(fitted, factors, site=site)
         torch.testing.assert_close(layer(x), fitted.apply(x, factors, site), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.weight, fitted.to_dense(factors, site), rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_of_rows_on_their_own_grows_and_leaves_what_is_stored_alone() -> None:
+    model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 12))
+    result = factorize_module(model, {"0.weight": fit(TokenMPS(12, 4), "0.weight", model[0].weight)})
+    table, ids, rows = result[0], torch.tensor([[3, 19], [20, 22]]), torch.randn(3, 12)
+    before = {name: (part.data_ptr(), part.clone()) for name, part in table.named_parameters()}
+    table.add_tokens(rows)
+    for name, (place, value) in before.items():
+        assert table.get_parameter(name).data_ptr() == place
+        assert torch.equal(table.get_parameter(name), value)
+    with torch.no_grad():
+        found = table(ids)
+        torch.testing.assert_close(found[0], model[0].weight[ids[0]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], rows[[0, 2]], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="cannot grow"):
+        factorize_module(model, {"0.weight": fit(LowRank(3), "0.weight", model[0].weight)})[0].add_tokens(
+            rows
+        )
+    for wrong in (rows[:, :5], torch.full((1, 12), float("nan")), torch.ones(1, 12, dtype=torch.int64)):
+        with pytest.raises(GeofxError):
+            table.add_tokens(wrong)

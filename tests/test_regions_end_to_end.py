@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 import geofx
-from geofx.factorizations import Factorization, LowRank, SharedBasis, SharedWeight
+from geofx.factorizations import Factorization, LowRank, SharedBasis, SharedWeight, TensorTrain
 
 PAIR = "model.layers.{0,1}."
 ATTENTION, MLP = (
@@ -23,6 +23,7 @@ CHOICES: dict[str, dict[str, Factorization]] = {
         f"{PAIR}self_attn.o_proj.weight": SharedWeight(),
     },
     "tied_embedding": {"model.embed_tokens.weight": LowRank(24)},
+    "tied_embedding of cores": {"model.embed_tokens.weight": TensorTrain((16, 8), (8, 8), (32,))},
 }
 
 

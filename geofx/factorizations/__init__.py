@@ -16,6 +16,7 @@ from geofx.factorizations.butterfly import Butterfly as Butterfly
 from geofx.factorizations.contract import Factored as Factored
 from geofx.factorizations.contract import Factorization as Factorization
 from geofx.factorizations.contract import Factors as Factors
+from geofx.factorizations.contract import Growing as Growing
 from geofx.factorizations.contract import Lookup as Lookup
 from geofx.factorizations.contract import factor_name as factor_name
 from geofx.factorizations.cp import CP as CP

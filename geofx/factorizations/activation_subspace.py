@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from geofx.errors import ConfigError
 from geofx.factorizations.blocks import whole
-from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank
+from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import eigh_psd, require_finite
+from geofx.linalg import eigh_psd
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights, on_left
 
@@ -72,9 +72,7 @@ class ActivationSubspace:
         }
         parts["projection"] = basis.T
         like = next(iter(weights.values()))
-        return replace(self, criterion=criterion), {
-            name: require_finite(part.to(like), f"factor {name}").contiguous() for name, part in parts.items()
-        }
+        return replace(self, criterion=criterion), stored(parts, like)
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """(x P) (W P)ᵀ."""

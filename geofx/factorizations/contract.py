@@ -78,6 +78,15 @@ class Lookup(Protocol):
         ...
 
 
+@runtime_checkable
+class Growing(Protocol):
+    """What a format of tables has besides whose rows are stored each on its own."""
+
+    def add_tokens(self, factors: Factors, rows: Tensor) -> tuple[Factorization, Factors]:
+        """The format and factors with ``rows`` (n, dim) after the last; the stored ones are left alone."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Factored:
     """A format as fitted, the factors of one region and the names of the weights that they stand for."""

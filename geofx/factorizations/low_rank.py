@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank
+from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
-from geofx.linalg import require_finite
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weighting, Weights
 
@@ -69,9 +68,7 @@ class LowRank:
         parts = {of_site("left", index): left for index, left in enumerate(lefts)}
         parts["right"] = whole.right[: self.rank]
         like = next(iter(weights.values()))
-        return self, {
-            name: require_finite(part.to(like), f"factor {name}").clone() for name, part in parts.items()
-        }
+        return self, stored(parts, like)
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """(x Rᵀ) Lᵀ."""

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import Factors, measured_loss, of_site, require_rank
@@ -134,7 +135,7 @@ class TensorTrain:
         out, lead = x, x.shape[:-1]
         for k in reversed(range(len(self.rows))):
             before, after = math.prod(self.columns[:k]), math.prod(self.rows[k + 1 :])
-            core = factors[f"core{k + 1}"].flatten(2).flatten(0, 1)
+            core = _as_matrix(factors[f"core{k + 1}"])
             out = from_left(core, out.reshape(*lead, before, core.shape[1], after))
             if "site" in factors and k == len(self.rows) // 2:
                 own = factors[of_site("site", site)]
@@ -143,14 +144,18 @@ class TensorTrain:
         return out.reshape(*lead, math.prod(self.rows))[..., : self._out]
 
     def lookup(self, ids: Tensor, factors: Factors) -> Tensor:
-        """G₁[i₁] … G_d[i_d] for the digits i_k of each id in the mixed base of ``rows``."""
+        """G₁[i₁] … G_d[i_d] for the digits i_k of each id in the mixed base of ``rows``.
+
+        Reads the cores in the form that `apply` does, so that an exporter stores them once.
+        """
         flat = ids.flatten()
         rows = factors["core1"].new_ones(1, 1, 1)
         for k, base in enumerate(self.rows):
             digit = torch.div(flat, math.prod(self.rows[k + 1 :]), rounding_mode="floor") % base
-            core = factors[f"core{k + 1}"].index_select(1, digit).transpose(0, 1)
+            core = factors[f"core{k + 1}"]
+            places = torch.arange(core.shape[0], device=ids.device) * base + digit.unsqueeze(1)
             wide = math.prod(self.columns[: k + 1])
-            rows = (rows @ core.flatten(2)).reshape(flat.shape[0], wide, core.shape[3])
+            rows = (rows @ _picked(core, places)).reshape(flat.shape[0], wide, core.shape[3])
         return rows.reshape(*ids.shape, math.prod(self.columns))
 
     def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
@@ -219,3 +224,16 @@ def _folds(region: Region) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         if rows and split:
             return rows, split
     return None
+
+
+def _as_matrix(core: Tensor) -> Tensor:
+    """(r_{k-1} m_k, n_k r_k)."""
+    return core.flatten(2).flatten(0, 1)
+
+
+def _picked(core: Tensor, places: Tensor) -> Tensor:
+    """Rows ``places`` (tokens, r_{k-1}) of the core as a matrix; the last one's transposed, as `from_left` has it."""
+    if core.shape[3] > 1:
+        return functional.embedding(places, _as_matrix(core))
+    columns = _as_matrix(core).t().index_select(1, places.flatten())
+    return columns.reshape(core.shape[2], *places.shape).permute(1, 2, 0)

@@ -96,8 +96,12 @@ class TokenMPS:
 
     def add_tokens(self, factors: Factors, rows: Tensor) -> tuple[Self, Factors]:
         """This format with ``rows`` (n, in) after its last; the rows stored are neither read nor copied."""
-        if rows.dim() != 2 or rows.shape[1] != self.columns or len(rows) == 0:
-            raise PlanError(f"new rows of shape {tuple(rows.shape)}", fix=f"give (n, {self.columns})")
+        if rows.dim() != 2 or rows.shape[1] != self.columns or len(rows) == 0 or not rows.is_floating_point():
+            raise PlanError(
+                f"new rows of shape {tuple(rows.shape)}, {rows.dtype}",
+                fix=f"give (n, {self.columns}) numbers",
+            )
+        require_finite(rows, "new rows")
         like = factors[_cores(0)]
         packed = torch.cat([self._packed(part, None) for part in torch.split(rows.detach(), CHUNK)])
         grown = replace(self, added=(*self.added, len(rows)))
