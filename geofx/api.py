@@ -28,6 +28,7 @@ from geofx.passes.find_sites import FindSites, find_sites, sites_of
 from geofx.patterns import matching
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
+from geofx.region import OWN
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import windows
@@ -175,7 +176,9 @@ def _assemble(
     with stages("analyse"):
         regions, failed = analyse(program, find_regions(program, sites), moments, known, progress)
         run_passes(
-            program, [Analyse({name: region.spectrum for name, region in regions.items()})], written=[SITE]
+            program,
+            [Analyse({name: item.spectrum for name, item in regions.items() if item.region.kind in OWN})],
+            written=[SITE],
         )
     return Analysis(
         original,

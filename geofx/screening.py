@@ -18,8 +18,8 @@ from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis
 from geofx.workload import measure
 
-SHARES = (0.8, 0.4)
-"""Kept shares of the dense bytes at which a format is tried."""
+SHARE = 0.6
+"""Kept share of the dense bytes at which a format is tried."""
 
 TRIED: tuple[RegionKind, ...] = ("single", "shared_input")
 """Kinds of region with a trial."""
@@ -55,27 +55,23 @@ class Screen:
         return tried is not None and tried.region.rows == region.rows and tried.region.shape == region.shape
 
     def refusal(self, member: type[Factorization], kind: RegionKind) -> str | None:
-        """Why ``member`` does not join in regions of ``kind``; None where it is ahead at one of `SHARES`."""
+        """Why ``member`` does not join in regions of ``kind``; None where it is ahead at `SHARE`."""
         analysis = self.smallest[kind]
         region, dense = analysis.region, measure(Dense(), analysis.region).weight_bytes
-        settings = [
-            (measure(item, region).weight_bytes, item) for item in member.candidates(region, analysis)
-        ]
-        found = []
-        for share in SHARES:
-            fitting = [pair for pair in settings if pair[0] <= share * dense]
-            if not fitting:
-                continue
-            size, form = max(fitting, key=lambda pair: pair[0])
-            try:
-                loss = form.predicted_loss(region, analysis)
-            except NumericsError as error:
-                return f"cannot be fitted at {region.name}: {error}"
-            rival = self._rival(region, size / dense)
-            if loss < rival:
-                return None
-            found.append(f"{loss:.3g} at {share:.0%} of the bytes, closed forms {rival:.3g}")
-        return f"is behind at {region.name}: {'; '.join(found)}" if found else f"does not fit {region.name}"
+        forms = list(member.candidates(region, analysis))
+        sized = [(measure(form, region).weight_bytes, form) for form in forms]
+        fitting = [pair for pair in sized if pair[0] <= SHARE * dense]
+        if not fitting:
+            return f"does not fit {region.name}"
+        size, form = max(fitting, key=lambda pair: pair[0])
+        try:
+            loss = form.predicted_loss(region, analysis)
+        except NumericsError as error:
+            return f"cannot be fitted at {region.name}: {error}"
+        rival = self._rival(region, size / dense)
+        if loss < rival:
+            return None
+        return f"adds {loss:.3g} at {size / dense:.0%} of {region.name}, closed forms {rival:.3g}"
 
     def _rival(self, region: Region, share: float) -> float:
         """Least loss at ``share`` of the bytes, by closed forms of the region or of its sites apart."""

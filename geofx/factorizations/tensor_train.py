@@ -232,7 +232,7 @@ def _as_matrix(core: Tensor) -> Tensor:
 
 
 def _picked(core: Tensor, places: Tensor) -> Tensor:
-    """Rows ``places`` (tokens, r_{k-1}) of the core as a matrix; of the last core, transposed for `from_left`."""
+    """Rows ``places`` (tokens, r_{k-1}) of the core as a matrix; the last one transposed, for `from_left`."""
     if core.shape[3] > 1:
         return functional.embedding(places, _as_matrix(core))
     columns = _as_matrix(core).t().index_select(1, places.flatten())
