@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from geofx.errors import ConfigError, ExportError, VerificationError
 from geofx.export import torchscript
 from geofx.export.torchscript import to_torchscript
-from geofx.factorizations import Factorization, Factors, GaugeFixed, LowRank
+from geofx.factorizations import Factored, Factorization, Factors, GaugeFixed, LowRank
 from geofx.factorized_module import FactorizedLinear, factorize_module
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis
@@ -39,7 +39,8 @@ def factorized(model: nn.Module, inside: str = "", *, transposed: bool = False) 
         for name, part in model.named_parameters()
         if inside in name and part.dim() == 2
     }
-    result = factorize_module(model, {n: fit(FORMATS[i % 3], n, w) for i, (n, w) in enumerate(found.items())})
+    choices = [Factored(*fit(FORMATS[i % 3], n, w), (n,)) for i, (n, w) in enumerate(found.items())]
+    result = factorize_module(model, choices)
     assert sum(isinstance(module, FactorizedLinear) for module in result.modules()) == len(found) > 0
     return result
 
