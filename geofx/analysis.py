@@ -180,7 +180,7 @@ class Analysis:
             model_hash=self.model_hash,
             moments=self.moments,
             spectra={
-                name: found.spectrum for name, found in self.regions.items() if found.region.kind != "stack"
+                name: found.spectrum for name, found in self.regions.items() if found.region.has_spectrum
             },
             example=dict(self.original.example),
             holdout=self.holdout,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from geofx import cli_options as options
-from geofx.api import analyze, load_analysis
+from geofx.cli_analysis import kept_or_new, new_analysis
 from geofx.cli_console import show, show_json, working
 from geofx.compare_run import ROUNDS, compare_analysis
 from geofx.compare_subjects import reads_directions
@@ -71,22 +71,15 @@ def compare(
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
-        if analysis is not None and kept:
-            found = load_analysis(analysis, source.model, progress=progress)
-        else:
-            calibration, held = options.calibration_of(source, text, data, holdout, tokens, length)
-            found = analyze(
-                source.model,
-                calibration,
-                mode=mode,
-                holdout=held,
-                example=options.example_of(source, calibration),
-                seed=seed,
-                progress=progress,
-                directions=reads_directions(_names(formats), _names(recipes)),
-            )
-        if analysis is not None and not kept:
-            found.save(analysis)
+        directions = reads_directions(_names(formats), _names(recipes))
+        found = kept_or_new(
+            analysis,
+            source,
+            progress,
+            lambda: new_analysis(
+                source, text, data, holdout, mode, tokens, length, seed, progress, directions
+            ),
+        )
         made = compare_analysis(
             found,
             shares,

@@ -11,14 +11,15 @@ import typer
 
 from geofx import cli_options as options
 from geofx.analysis import Analysis
-from geofx.api import analyze, load_analysis, optimize_analysis
+from geofx.api import optimize_analysis
+from geofx.cli_analysis import kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
 from geofx.folder import check_files, check_target, write_file
 from geofx.model import OptimizedModel
 from geofx.plan import Plan
 from geofx.report_html import report_html
 from geofx.report_table import report_tables
-from geofx.sources import Source, load_source, tokenizer_files
+from geofx.sources import Source, load_source
 from geofx.summary import with_source
 
 PLAN_FILE = Path("plan.json")
@@ -58,7 +59,7 @@ def optimize(
         with progress.step("load"):
             source = load_source(model)
         options.check_patterns(source, include, ignore)
-        analysis = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+        analysis = new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
         result = optimize_analysis(analysis, budget, include=include, ignore=ignore or ())
         result = _saved(result, analysis, source, output, overwrite, html, progress)
     _show_result(result, as_json)
@@ -100,12 +101,12 @@ def plan(
         with progress.step("load"):
             source = load_source(model)
         options.check_patterns(source, include, ignore)
-        if analysis is not None and kept:
-            found = _kept(analysis, source, progress)
-        else:
-            found = _analysis(source, text, data, None, mode, tokens, length, seed, progress)
-        if analysis is not None and not kept:
-            found.save(analysis)
+        found = kept_or_new(
+            analysis,
+            source,
+            progress,
+            lambda: new_analysis(source, text, data, None, mode, tokens, length, seed, progress),
+        )
         made = found.plan(budget, include=include, ignore=ignore or ())
         if not dry_run:
             write_file(output, made.to_json())
@@ -142,43 +143,11 @@ def apply(
         with progress.step("load"):
             source = load_source(model)
         if analysis is not None:
-            found = _kept(analysis, source, progress)
+            found = kept_analysis(analysis, source, progress)
         else:
-            found = _analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+            found = new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
         result = _saved(found.apply(made), found, source, output, overwrite, html, progress)
     _show_result(result, as_json)
-
-
-def _analysis(
-    source: Source,
-    text: str | None,
-    data: str | None,
-    holdout: str | None,
-    mode: options.Mode,
-    tokens: int,
-    length: int,
-    seed: int,
-    progress: ConsoleProgress,
-) -> Analysis:
-    calibration, held = options.calibration_of(source, text, data, holdout, tokens, length)
-    return analyze(
-        source.model,
-        calibration,
-        mode=mode,
-        holdout=held,
-        example=options.example_of(source, calibration),
-        seed=seed,
-        progress=progress,
-        files=_files(source),
-    )
-
-
-def _kept(folder: Path, source: Source, progress: ConsoleProgress) -> Analysis:
-    return load_analysis(folder, source.model, files=_files(source), progress=progress)
-
-
-def _files(source: Source) -> dict[str, bytes]:
-    return {} if source.tokenizer is None else tokenizer_files(source.tokenizer)
 
 
 def _saved(

@@ -12,8 +12,7 @@ from geofx.factorizations import Dense, Factorization
 from geofx.options import Option
 from geofx.passes.count_flops import count_flops
 from geofx.program import Program
-from geofx.recipes import EMBEDDINGS
-from geofx.region import OWN, Region, RegionKind
+from geofx.region import OWN, TABLES, Region, RegionKind
 from geofx.region_analysis import RegionAnalysis
 from geofx.workload import Workload, measure
 
@@ -58,7 +57,7 @@ class Prices:
     def scope(self, scope: Scope) -> Totals:
         """Dense totals of what shares are of: the blocks' linear weights, the embedding, or both."""
         kinds: set[RegionKind] = set() if scope == "embedding" else {"single"}
-        return self._dense_totals(kinds if scope == "blocks" else kinds | set(EMBEDDINGS))
+        return self._dense_totals(kinds if scope == "blocks" else kinds | TABLES)
 
     def _dense_totals(self, kinds: Collection[RegionKind]) -> Totals:
         work = [option.workload for option in self.dense if option.region.kind in kinds]

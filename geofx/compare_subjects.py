@@ -11,7 +11,7 @@ from geofx.comparison import Role, Scope
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
 from geofx.method import Allocation, Form, Method, formats_named
 from geofx.recipes import EMBEDDINGS, Recipe
-from geofx.region import RegionKind
+from geofx.region import TABLES, RegionKind
 from geofx.region_analysis import RegionAnalysis
 
 TOGETHER: tuple[RegionKind, ...] = ("shared_input", "gated_mlp", "value_output", "stack")
@@ -29,7 +29,7 @@ class Subject:
     @property
     def scope(self) -> Scope:
         """Which weights a share is of."""
-        tables = set(self.method.kinds) & set(EMBEDDINGS)
+        tables = TABLES & set(self.method.kinds)
         if not tables:
             return "blocks"
         return "embedding" if tables == set(self.method.kinds) else "blocks and embedding"

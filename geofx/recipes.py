@@ -12,10 +12,10 @@ from geofx.factorizations.activation_subspace import Criterion
 from geofx.method import Form, Method
 from geofx.papers import Paper
 from geofx.patterns import nearest
-from geofx.region import RegionKind
+from geofx.region import TABLES, RegionKind
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-EMBEDDINGS: tuple[RegionKind, ...] = ("embedding", "tied_embedding")
+EMBEDDINGS: tuple[RegionKind, ...] = tuple(sorted(TABLES))
 METRIC = "fitted in the metric of the loss, starting from the paper's projection, and not trained afterwards"
 
 

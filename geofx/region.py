@@ -40,6 +40,11 @@ class Region:
         return site
 
     @property
+    def has_spectrum(self) -> bool:
+        """Whether one spectrum has the loss of every rank: not where sites have inputs of their own."""
+        return self.kind != "stack"
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(Σ out, in): the region as one matrix, its weights one below the other."""
         return sum(site.shape[0] for site in self.sites), self.sites[0].shape[1]

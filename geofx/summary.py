@@ -106,7 +106,7 @@ def _rows(analysis: Analysed, plan: Plan) -> Iterable[RegionRow]:
         )
     for choice in plan.choices:
         found = analysis.regions.get(choice.region)
-        spectrum = found.spectrum if found is not None and choice.kind != "stack" else None
+        spectrum = found.spectrum if found is not None and found.region.has_spectrum else None
         yield _row(choice, tuple(refused[choice.region]), spectrum)
 
 

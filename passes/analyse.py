@@ -73,7 +73,7 @@ def analyse(
             _directions(region, moments),
         )
         try:
-            if region.kind != "stack":
+            if region.has_spectrum:
                 _ = analysis.spectrum
             found[region.name] = analysis
         except NumericsError as error:

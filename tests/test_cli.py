@@ -205,7 +205,7 @@ def test_demo_on_a_tiny_model(
 def test_a_pattern_that_matches_nothing_is_an_error_before_work(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_optimize, "analyze", None)
+    monkeypatch.setattr(cli_analysis, "analyze", None)
     code = main(
         [
             "optimize",

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from geofx.errors import ConfigError
 from geofx.factorizations.blocks import whole
-from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank, stored
+from geofx.factorizations.contract import Factors, of_site, pair_ranks, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd
 from geofx.region import Region, RegionKind
@@ -49,9 +49,7 @@ class ActivationSubspace:
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
         """Ranks below out · in / (out + in), where the pair would be as big as the weight."""
-        rows, columns = region.shape
-        limit = -(-rows * columns // (rows + columns))
-        yield from (cls(rank) for rank in rank_grid(limit, min(rows, columns)))
+        yield from (cls(rank) for rank in pair_ranks(region))
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``projection`` Pᵀ (r, in), which all sites share, and ``weight`` W P (out, r) of each."""

@@ -146,6 +146,12 @@ def rank_grid(limit: int, size: int) -> range:
     return range(step, limit, step)
 
 
+def pair_ranks(region: Region) -> range:
+    """Ranks below out · in / (out + in), where a pair of factors would be as big as the weight."""
+    rows, columns = region.shape
+    return rank_grid(-(-rows * columns // (rows + columns)), min(rows, columns))
+
+
 def require_rank(rank: int, limit: int, region: Region) -> None:
     """Raises PlanError unless 1 <= rank <= limit."""
     if not 1 <= rank <= limit:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.factorizations.contract import Factors, of_site, rank_grid, require_rank, stored
+from geofx.factorizations.contract import Factors, of_site, pair_ranks, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weighting, Weights
@@ -44,9 +44,7 @@ class LowRank:
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
         """Ranks below out · in / (out + in), where the pair would be as big as the weight."""
-        rows, columns = region.shape
-        limit = -(-rows * columns // (rows + columns))
-        yield from (cls(rank) for rank in rank_grid(limit, min(rows, columns)))
+        yield from (cls(rank) for rank in pair_ranks(region))
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
         """``right`` (r, in), which all sites share, and ``left`` (out, r) of each."""

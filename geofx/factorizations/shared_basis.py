@@ -16,6 +16,9 @@ from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weighting, Weights
 
+WEIGHTINGS: tuple[Weighting, ...] = ("two_sided", "none")
+"""Truncations that a fit starts from."""
+
 
 @dataclass(frozen=True)
 class SharedBasis:
@@ -51,7 +54,7 @@ class SharedBasis:
     def fit(self, weights: Weights, analysis: RegionAnalysis) -> tuple[Self, Factors]:
         """The truncation under the mean A, or under none where that is nearer, refined under each layer's."""
         target = analysis.stacked
-        starts = [self._start(analysis, "two_sided"), self._start(analysis, "none")]
+        starts = [self._start(analysis, weighting, target.dtype) for weighting in WEIGHTINGS]
         best = min(starts, key=lambda parts: analysis.stacked_loss(target - _dense(parts)))
         refined = refine(_dense, best, target, analysis.stacked_gradient())
         factors = {of_site("left", site): left for site, left in enumerate(refined["left"])}
@@ -59,13 +62,10 @@ class SharedBasis:
         like = next(iter(weights.values()))
         return self, stored(factors, like)
 
-    def _start(self, analysis: RegionAnalysis, weighting: Weighting) -> dict[str, Tensor]:
+    def _start(self, analysis: RegionAnalysis, weighting: Weighting, dtype: torch.dtype) -> dict[str, Tensor]:
         whole = analysis.truncation_under(weighting)
         lefts = whole.left[:, : self.rank].reshape(len(analysis.weights), -1, self.rank)
-        return {
-            "left": lefts.to(analysis.stacked.dtype),
-            "right": whole.right[: self.rank].to(analysis.stacked.dtype),
-        }
+        return {"left": lefts.to(dtype), "right": whole.right[: self.rank].to(dtype)}
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """(x Rᵀ) L_iᵀ."""
