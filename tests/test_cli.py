@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import geofx
-from geofx import cli_optimize, demo
+from geofx import cli_analysis, demo
 from geofx.cli import main
 from geofx.doctor import examine
 from geofx.sources import load_source
