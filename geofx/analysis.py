@@ -43,7 +43,7 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.stages import Stages
 from geofx.summary import summarize
-from geofx.verify import SEEN, Fidelity, verify
+from geofx.verify import SEEN, Fidelity, Reference, verify
 
 logger = logging.getLogger(__name__)
 
@@ -207,15 +207,21 @@ class Analysis:
                 self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
 
-    def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
-        """The rewritten, checked and verified result of a fitted plan."""
+    def finish(
+        self,
+        plan: Plan,
+        rewrites: Rewrites,
+        holdout: list[Batch] | None = None,
+        reference: Reference | None = None,
+    ) -> OptimizedModel:
+        """The rewritten, checked and verified result of a fitted plan; ``reference`` remembers outputs."""
         plan = self._as_fitted(plan, rewrites)
         program = self._lowered(rewrites)
         _require_planned(program, plan)
         held = self.holdout if holdout is None else holdout
         if not held:
             _require_finite_output(program)
-        fidelity = self._verified(program, rewrites, held) if held else None
+        fidelity = self._verified(program, rewrites, held, reference) if held else None
         return OptimizedModel(
             program=program,
             plan=plan,
@@ -255,11 +261,13 @@ class Analysis:
             run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
         return program
 
-    def _verified(self, program: Program, rewrites: Rewrites, held: list[Batch]) -> Fidelity:
+    def _verified(
+        self, program: Program, rewrites: Rewrites, held: list[Batch], reference: Reference | None
+    ) -> Fidelity:
         with self.stages("verify"):
             space = ParameterSpace.of(self.original)
             mae = parameter_mae(space, space.reconstructed(program, rewrites))
-            found = verify(self.original, program, held, self.objective, mae, self.progress)
+            found = verify(reference or self.original, program, held, self.objective, mae, self.progress)
         seen = self.holdout_is_calibration and held is self.holdout
         return replace(found, data=SEEN) if seen else found
 

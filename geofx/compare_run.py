@@ -38,7 +38,7 @@ from geofx.program import Program
 from geofx.progress import Progress
 from geofx.recipes import Recipe
 from geofx.region_analysis import RegionAnalysis
-from geofx.verify import verify
+from geofx.verify import Reference, verify
 from geofx.workload import measure
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,13 @@ class Comparable(Protocol):
     model_hash: str
     progress: Progress
 
-    def finish(self, plan: Plan, rewrites: Any, holdout: list[Batch] | None = None) -> OptimizedModel:
+    def finish(
+        self,
+        plan: Plan,
+        rewrites: Any,
+        holdout: list[Batch] | None = None,
+        reference: Reference | None = None,
+    ) -> OptimizedModel:
         """The rewritten and verified model."""
         ...
 
@@ -116,6 +122,7 @@ class _Run:
         self.measured_on = digest(*(value for batch in holdout for _, value in sorted(batch.items())))
         self.prices = Prices.of(self.analysis.original, self.analysis.program, self.analysis.regions)
         self.stopwatch = Stopwatch(self.analysis.original, self.cache.folder, self.rounds)
+        self.reference = Reference(self.analysis.original)
         self.before = parameter_count(ParameterSpace.of(self.analysis.original))
 
     def comparison(self, entrants: Sequence[Subject], name: str) -> Comparison:
@@ -306,7 +313,7 @@ class _Run:
             unit=self.analysis.moments.unit,
         )
         rewrites = {fit.region: self.fits.factored(fit, self.analysis.regions[fit.region]) for fit in fits}
-        result = self.analysis.finish(plan, rewrites)
+        result = self.analysis.finish(plan, rewrites, reference=self.reference)
         latency, failed = self.stopwatch(result.program, self.engines)
         return self._figures(result, scope, fits, latency), failed
 
@@ -339,7 +346,7 @@ class _Run:
     def _original(self) -> tuple[Figures, int]:
         """The figures of the model as it was, and the loss terms that losses are measured on."""
         analysis, total = self.analysis, self.prices.total
-        fidelity = verify(analysis.original, analysis.original, analysis.holdout, analysis.objective)
+        fidelity = verify(self.reference, analysis.original, analysis.holdout, analysis.objective)
         linear = self.prices.scope("blocks").parameters
         figures = Figures(
             total.bytes, total.parameters, linear, self.prices.total.flops, loss=fidelity.loss_original

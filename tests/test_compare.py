@@ -231,10 +231,21 @@ def test_equal_fits_are_measured_once(
     twin = recipes.Recipe("twin", (Form("low_rank"),), paper=recipes.svd().paper, differs="Nothing.")
     finished: list[object] = []
     finish = analysis.finish
-    monkeypatch.setattr(analysis, "finish", lambda *given: finished.append(given) or finish(*given))
+    monkeypatch.setattr(
+        analysis, "finish", lambda *given, **more: finished.append(given) or finish(*given, **more)
+    )
     made = run(analysis, tmp_path, recipes=[twin])
     assert len(finished) == 2
     assert row_of(made, "twin").figures == row_of(made, "low_rank").figures
+
+
+def test_the_original_runs_once_on_each_held_out_batch(analysis: Analysis, tmp_path: Path) -> None:
+    seen: list[object] = []
+    hook = analysis.original.graph_module.register_forward_pre_hook(lambda *given: seen.append(given))
+    made = run(analysis, tmp_path, latency=())
+    hook.remove()
+    assert sum(row.figures is not None for row in made.rows) > 1
+    assert len(seen) == 2 * len(analysis.holdout)  # as reference, and beside itself for its own loss
 
 
 def test_a_region_that_cannot_be_fitted_stays_dense_with_a_reason(

@@ -33,7 +33,9 @@ class ActivationSubspace:
 
     With A = E[x xᵀ], C_W = Wᵀ W / out and C_∇ = E[∇ₓ ∇ₓᵀ] = Wᵀ G W they are ``mse``: A; ``go_mse`` (output of
     the product): A C_W + C_W A; ``nl_mse`` (loss of the network): A C_∇ + C_∇ A. ``nmse``, ``go_nmse`` and
-    ``nl_nmse`` take the A of x / ‖x‖. ``best`` is the one predicted to lose least here; `fit` names it.
+    ``nl_nmse`` take the A of x / ‖x‖. The products are not definite: where one direction carries most of A,
+    half of it goes to their last eigenvector, which is dropped, so that ``go_*`` and ``nl_*`` can lose far
+    more than ``mse``. ``best`` is the one predicted to lose least here; `fit` names it.
 
     Sites of a ``shared_input`` region share P. At equal rank it is never better than `LowRank`, which is not
     held to W P and one P; its point is that W stays whole and trainable while P is applied.
