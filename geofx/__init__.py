@@ -17,9 +17,12 @@ from geofx.comparison import Comparison  # noqa: E402
 from geofx.errors import GeofxError  # noqa: E402
 from geofx.model import OptimizedModel  # noqa: E402
 from geofx.plan import Plan  # noqa: E402
+from geofx.pretrained import register  # noqa: E402
 from geofx.program import Program  # noqa: E402
 from geofx.restore import load  # noqa: E402
 from geofx.trace import trace  # noqa: E402
+
+register()
 
 __version__ = "0.1.0"
 __all__ = [

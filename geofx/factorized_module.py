@@ -29,6 +29,25 @@ _HOOKS = (
 )
 
 
+class _Derived(Tensor):
+    """A product of factors: what is written into it would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The values."""
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ConfigError(
+            "a factorized weight cannot be written: it is computed from its factors",
+            where=f"shape {tuple(self.shape)}",
+            fix="keep adapters apart from the model, or train the factors",
+        )
+
+
 class FactorizedLayer(nn.Module):
     """A layer whose weight is given by factors: what `FactorizedLinear` and `FactorizedEmbedding` share.
 
@@ -39,6 +58,7 @@ class FactorizedLayer(nn.Module):
     Attributes:
         factorization: the format.
         transposed: the dense weight was stored as (in, out).
+        leaf: the name that the dense weight had here.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = ["factors", "weight"]
@@ -53,11 +73,11 @@ class FactorizedLayer(nn.Module):
         transposed: bool = False,
         leaf: str = "weight",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.factorization, self.transposed = factorization, transposed
         belonging = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
         own = {name.partition("@")[0]: part for name, part in belonging.items()}
-        self._leaf, self._attributes = leaf, {name: f"{leaf}_{name}" for name in own}
+        self.leaf, self._attributes = leaf, {name: f"{leaf}_{name}" for name in own}
         for name, value in own.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(self._attributes[name], value)
@@ -76,7 +96,7 @@ class FactorizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for, as it was stored; for code that looks at it."""
         dense = self.factorization.to_dense(self.factors)
-        return dense.t() if self.transposed else dense
+        return (dense.t() if self.transposed else dense).as_subclass(_Derived)
 
     def extra_repr(self) -> str:
         """The format and the shapes of its factors."""
@@ -84,15 +104,25 @@ class FactorizedLayer(nn.Module):
         return f"{self.factorization}, {shapes}"
 
 
-class FactorizedLinear(FactorizedLayer):
-    """y = factorization.apply(x, factors) + bias, for x (..., in) and y (..., out)."""
+class FactorizedLinear(FactorizedLayer, nn.Linear):  # type: ignore[override]
+    """y = factorization.apply(x, factors) + bias, for x (..., in) and y (..., out).
 
-    bias: Tensor | None
+    An nn.Linear to code that looks for such (adapters, for instance), though its ``weight`` can only be read.
+    """
+
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
-        self, factorization: Factorization, factors: Factors, bias: Tensor | None = None, **layer: Any
+        self,
+        factorization: Factorization,
+        factors: Factors,
+        bias: Tensor | None = None,
+        *,
+        shape: tuple[int, int],
+        **layer: Any,
     ) -> None:
-        super().__init__(factorization, factors, **layer)
+        FactorizedLayer.__init__(self, factorization, factors, **layer)
+        self.out_features, self.in_features = shape
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
@@ -122,7 +152,7 @@ class FactorizedEmbedding(FactorizedLayer):
             raise ConfigError(f"a table as {self.factorization.name} cannot grow", fix="use token_mps")
         self.factorization, grown = self.factorization.add_tokens(self.factors, rows)
         for name in grown.keys() - self._attributes.keys():
-            self._attributes[name] = f"{self._leaf}_{name}"
+            self._attributes[name] = f"{self.leaf}_{name}"
             self.register_parameter(self._attributes[name], nn.Parameter(grown[name]))
 
 
@@ -215,7 +245,16 @@ def _replacement(owner: _Owner, factored: Factored, site: int, memo: dict[int, A
     else:
         transposed = _is_transposed(owner)
         bias = copy.deepcopy(owner.bias, memo)  # the memo keeps a bias tied that is tied
-        result = FactorizedLinear(form, factors, bias, site=site, transposed=transposed, leaf=owner.leaf)
+        rows, columns = owner.tensor.shape[::-1] if transposed else owner.tensor.shape
+        result = FactorizedLinear(
+            form,
+            factors,
+            bias,
+            shape=(rows, columns),
+            site=site,
+            transposed=transposed,
+            leaf=owner.leaf,
+        )
     for hooks in _HOOKS:
         getattr(result, hooks).update(getattr(owner.module, hooks))
     return result.train(owner.module.training)

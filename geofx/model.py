@@ -20,6 +20,7 @@ from geofx.factorized_module import factorize_module
 from geofx.objective import UserLoss, choose_objective
 from geofx.parameter_space import ParameterSpace
 from geofx.plan import Plan
+from geofx.pretrained import make_saveable
 from geofx.program import Program
 from geofx.report import Report
 from geofx.trace import trace
@@ -129,6 +130,9 @@ class OptimizedModel:
     def to_module(self) -> nn.Module:
         """A copy of the user's own module with factorized layers in place of the rewritten ones.
 
+        A model of transformers stays one: `generate`, `save_pretrained` and, where geofx is imported,
+        `from_pretrained` of its class work on it.
+
         Raises:
             ConfigError: a weight's owner is not a linear layer, or the module is not known or cannot be made.
         """
@@ -137,7 +141,9 @@ class OptimizedModel:
             raise ConfigError(
                 "the model's own class is not known here", fix="geofx.load(path, module=your_model)"
             )
-        return factorize_module(module, self.rewrites.values(), self.program.aliases)
+        copied = factorize_module(module, self.rewrites.values(), self.program.aliases)
+        make_saveable(copied)
+        return copied
 
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""

@@ -101,7 +101,7 @@ def test_module_is_the_dense_linear_map(factorization: Factorization, bias: bool
     torch.manual_seed(0)
     dense = nn.Linear(12, 20, bias=bias)
     fitted, factors = fit(factorization, "weight", dense.weight)
-    module = FactorizedLinear(fitted, factors, dense.bias)
+    module = FactorizedLinear(fitted, factors, dense.bias, shape=tuple(dense.weight.shape))
     x = torch.randn(2, 3, 12)
     expected = nn.functional.linear(x, fitted.to_dense(factors), dense.bias)
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
@@ -113,7 +113,9 @@ def test_module_is_the_dense_linear_map(factorization: Factorization, bias: bool
 def test_row_112_module_copies_casts_and_traces(factorization: Factorization) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(12, 20)
-    module = FactorizedLinear(*fit(factorization, "weight", dense.weight), dense.bias)
+    module = FactorizedLinear(
+        *fit(factorization, "weight", dense.weight), dense.bias, shape=tuple(dense.weight.shape)
+    )
     x = torch.randn(4, 12)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
     half = copy.deepcopy(module).half()
@@ -362,7 +364,7 @@ def test_a_layer_of_every_site_is_what_the_region_is_there(name: str) -> None:
     fitted, factors = case.large.fit(analysis.weights, analysis)
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     for site in range(len(analysis.weights)):
-        layer = FactorizedLinear(fitted, factors, site=site)
+        layer = FactorizedLinear(fitted, factors, shape=(len(analysis.weight), 20), site=site)
         torch.testing.assert_close(layer(x), fitted.apply(x, factors, site), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.weight, fitted.to_dense(factors, site), rtol=1e-4, atol=1e-4)
 

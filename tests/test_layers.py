@@ -28,6 +28,7 @@ LAYERS = (
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.compare_cache geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects",
+    "geofx.huggingface geofx.pretrained",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space",
     "geofx.passes",
     "geofx.objective",
