@@ -43,7 +43,7 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.stages import Stages
 from geofx.summary import summarize
-from geofx.verify import SEEN, Fidelity, Reference, verify
+from geofx.verify import SEEN, Fidelity, verify
 
 logger = logging.getLogger(__name__)
 
@@ -207,21 +207,26 @@ class Analysis:
                 self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
 
-    def finish(
-        self,
-        plan: Plan,
-        rewrites: Rewrites,
-        holdout: list[Batch] | None = None,
-        reference: Reference | None = None,
-    ) -> OptimizedModel:
-        """The rewritten, checked and verified result of a fitted plan; ``reference`` remembers outputs."""
-        plan = self._as_fitted(plan, rewrites)
-        program = self._lowered(rewrites)
+    def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
+        """The graph with the factors of a fitted plan in it.
+
+        Raises:
+            VerificationError: it is not as small as planned.
+        """
+        with self.stages("rewrite"):
+            program = self.program.clone()
+            run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
         _require_planned(program, plan)
+        return program
+
+    def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
+        """The rewritten, checked and verified result of a fitted plan."""
+        plan = self._as_fitted(plan, rewrites)
+        program = self.lower(plan, rewrites)
         held = self.holdout if holdout is None else holdout
         if not held:
             _require_finite_output(program)
-        fidelity = self._verified(program, rewrites, held, reference) if held else None
+        fidelity = self._verified(program, rewrites, held) if held else None
         return OptimizedModel(
             program=program,
             plan=plan,
@@ -255,19 +260,11 @@ class Analysis:
         kept = set(matching(known, (), ignore))
         return included - {aliases.get(name, name) for name in known if name not in kept}
 
-    def _lowered(self, rewrites: Rewrites) -> Program:
-        with self.stages("rewrite"):
-            program = self.program.clone()
-            run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
-        return program
-
-    def _verified(
-        self, program: Program, rewrites: Rewrites, held: list[Batch], reference: Reference | None
-    ) -> Fidelity:
+    def _verified(self, program: Program, rewrites: Rewrites, held: list[Batch]) -> Fidelity:
         with self.stages("verify"):
             space = ParameterSpace.of(self.original)
             mae = parameter_mae(space, space.reconstructed(program, rewrites))
-            found = verify(reference or self.original, program, held, self.objective, mae, self.progress)
+            found = verify(self.original, program, held, self.objective, mae, self.progress)
         seen = self.holdout_is_calibration and held is self.holdout
         return replace(found, data=SEEN) if seen else found
 

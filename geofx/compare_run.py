@@ -23,11 +23,10 @@ from geofx.compare_latency import Stopwatch
 from geofx.compare_prices import Prices
 from geofx.compare_subjects import Names, Subject, subjects
 from geofx.comparison import Comparison, Engine, Figures, Row, finite
-from geofx.compression import compression_ratio, parameter_count
+from geofx.compression import compression_ratio, parameter_count, parameter_mae
 from geofx.errors import BudgetInfeasibleError, ConfigError, PlanError
-from geofx.factorizations import Dense, Factorization
+from geofx.factorizations import Dense, Factored, Factorization
 from geofx.method import Allocation, disjoint
-from geofx.model import OptimizedModel
 from geofx.moments import Moments
 from geofx.objective import Objective
 from geofx.options import Option
@@ -44,6 +43,8 @@ from geofx.workload import measure
 logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record", Row, Figures)
+
+Rewrites = dict[str, Factored]
 
 ROUNDS = 7
 """Calls that a median latency is of."""
@@ -65,14 +66,8 @@ class Comparable(Protocol):
     model_hash: str
     progress: Progress
 
-    def finish(
-        self,
-        plan: Plan,
-        rewrites: Any,
-        holdout: list[Batch] | None = None,
-        reference: Reference | None = None,
-    ) -> OptimizedModel:
-        """The rewritten and verified model."""
+    def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
+        """The rewritten graph."""
         ...
 
 
@@ -313,34 +308,37 @@ class _Run:
             unit=self.analysis.moments.unit,
         )
         rewrites = {fit.region: self.fits.factored(fit, self.analysis.regions[fit.region]) for fit in fits}
-        result = self.analysis.finish(plan, rewrites, reference=self.reference)
-        latency, failed = self.stopwatch(result.program, self.engines)
-        return self._figures(result, scope, fits, latency), failed
-
-    def _figures(
-        self, result: OptimizedModel, scope: Totals, fits: Sequence[Fit], latency: dict[Engine, Any]
-    ) -> Figures:
-        program, fidelity = result.program, result.fidelity
-        parameters = program.parameter_count()
-        found = Figures(
+        program = self.analysis.lower(plan, rewrites)
+        latency, failed = self.stopwatch(program, self.engines)
+        parameters, own = program.parameter_count(), ParameterSpace.of(program)
+        figures = Figures(
             size_bytes=program.size_bytes(),
             parameters=parameters,
             linear_parameters=scope.parameters - (self.prices.total.parameters - parameters),
-            flops_per_token=result.plan.predicted.flops,
-            compression_ratio=compression_ratio(self.before, parameter_count(ParameterSpace.of(program))),
+            flops_per_token=plan.predicted.flops,
+            compression_ratio=compression_ratio(self.before, parameter_count(own)),
             predicted_loss=sum(fit.loss for fit in fits),
             fit_s=seconds_of(fits),
             latency=latency,
         )
-        if fidelity is None:
-            return found
+        return self._with_fidelity(figures, program, rewrites), failed
+
+    def _with_fidelity(self, figures: Figures, program: Program, rewrites: Rewrites) -> Figures:
+        """A form that computes more than the weights is run as the weights that it multiplies out to."""
+        analysis, space = self.analysis, ParameterSpace.of(self.analysis.original)
+        reconstructed = space.reconstructed(program, rewrites)
+        if figures.flops_per_token > self.prices.total.flops:
+            names = [name for factored in rewrites.values() for name in factored.weights]
+            program = reconstructed.applied_to(analysis.original, names)
+        mae = parameter_mae(space, reconstructed)
+        found = verify(self.reference, program, analysis.holdout, analysis.objective, mae)
         return replace(
-            found,
-            parameter_mae=fidelity.parameter_mae,
-            loss_increase=fidelity.loss_increase,
-            loss=fidelity.loss_optimized,
-            kl=fidelity.kl,
-            top1_agreement=fidelity.top1_agreement,
+            figures,
+            parameter_mae=found.parameter_mae,
+            loss_increase=found.loss_increase,
+            loss=found.loss_optimized,
+            kl=found.kl,
+            top1_agreement=found.top1_agreement,
         )
 
     def _original(self) -> tuple[Figures, int]:

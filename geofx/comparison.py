@@ -50,7 +50,8 @@ class Figures:
         compression_ratio: CR = (s(v) - s(ṽ)) / s(ṽ), s counting what is not zero.
         parameter_mae: FDL = mean |v - v̂| over all parameters.
         predicted_loss: Σ tr(G ΔW A ΔWᵀ) of what was fitted, in the comparison's unit.
-        loss_increase: measured on held-out batches.
+        loss_increase: measured on held-out batches; of a form that computes more than the weights, on the
+            weights that it multiplies out to, which is the same but for rounding and takes less time.
         loss: of the rewritten model on them; None where the loss is a difference itself.
         kl: mean KL(original ‖ rewritten) of the next token, in nats; None without tokens.
         fit_s: seconds that its fits took, summed over regions; spectra that the analysis holds are not in it.

@@ -8,16 +8,25 @@ from collections.abc import Callable, Mapping
 
 from geofx.progress import Progress, log_progress
 
+LIMIT_S, LEAST_ROUNDS = 30.0, 3
+"""Calls that take very long are called fewer times."""
+
 
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 7, progress: Progress = log_progress
 ) -> dict[str, float]:
-    """Median seconds of each call over ``rounds`` turns of one call each, after one unmeasured turn."""
+    """Median seconds of each call over ``rounds`` turns of one call each, after one unmeasured turn.
+
+    Once `LIMIT_S` have passed, `LEAST_ROUNDS` are enough.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     progress("measure latency", 0, rounds)
     for call in calls.values():
         call()
+    begun = time.perf_counter()
     for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - begun > LIMIT_S:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()

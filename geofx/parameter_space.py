@@ -113,6 +113,15 @@ class ParameterSpace:
 
         return ParameterSpace(self.shapes, read)
 
+    @torch.no_grad()
+    def applied_to(self, program: Program, names: Iterable[str]) -> Program:
+        """A clone of ``program`` whose parameters of these names have the values that they have here."""
+        clone = program.clone()
+        for name in names:
+            value = self.slice(name).reshape(self.shapes[name])
+            clone.set_tensor(name, value.contiguous(), trainable=False)
+        return clone
+
 
 def _distinct(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     first: dict[Any, tuple[str, Tensor]] = {}

@@ -229,13 +229,11 @@ def test_equal_fits_are_measured_once(
     analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin = recipes.Recipe("twin", (Form("low_rank"),), paper=recipes.svd().paper, differs="Nothing.")
-    finished: list[object] = []
-    finish = analysis.finish
-    monkeypatch.setattr(
-        analysis, "finish", lambda *given, **more: finished.append(given) or finish(*given, **more)
-    )
+    lowered: list[object] = []
+    lower = analysis.lower
+    monkeypatch.setattr(analysis, "lower", lambda *given: lowered.append(given) or lower(*given))
     made = run(analysis, tmp_path, recipes=[twin])
-    assert len(finished) == 2
+    assert len(lowered) == 2
     assert row_of(made, "twin").figures == row_of(made, "low_rank").figures
 
 

@@ -13,6 +13,7 @@ import geofx
 from geofx.errors import ConfigError
 from geofx.factorizations import Dense, LowRank
 from geofx.parameter_space import ParameterSpace
+from geofx.program import flat_tensors
 from geofx.trace import trace
 
 
@@ -73,6 +74,22 @@ def test_reconstructed_parameters_are_the_factors_multiplied_out(name: str, tmp_
     result.save(tmp_path / "out")
     loaded = geofx.load(tmp_path / "out", module=analysis.module)
     assert torch.equal(loaded.parameter_space().vector(), rebuilt.vector())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mlp"])
+def test_the_original_with_reconstructed_weights_computes_what_the_factors_do(name: str) -> None:
+    batches = [tiny_models.example(name, 4, 24, seed) for seed in range(3)]
+    analysis = geofx.analyze(tiny_models.build(name), batches)
+    plan = analysis.plan(geofx.Budget(size=0.85), include="*", formats=["kronecker", "low_rank"])
+    result = analysis.apply(plan)
+    names = [weight for choice in result.plan.rewritten for weight in choice.weights]
+    assert names
+    dense = result.parameter_space().applied_to(analysis.original, names)
+    with torch.no_grad():
+        one, other = (flat_tensors(model(**batches[0])) for model in (result.program, dense))
+    for first, second in zip(one, other, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert dense.parameter_count() == analysis.original.parameter_count()
 
 
 def test_what_the_graph_holds_now_counts_not_what_was_fitted() -> None:
