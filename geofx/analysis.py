@@ -23,6 +23,8 @@ from geofx.comparison import Comparison
 from geofx.compression import parameter_mae
 from geofx.errors import ConfigError, NumericsError, VerificationError
 from geofx.factorizations import Factored, Factorization, Factors
+from geofx.frontier import Axis, Frontier
+from geofx.frontier_run import frontier_of
 from geofx.method import formats_named
 from geofx.model import OptimizedModel
 from geofx.moments import Moments
@@ -173,6 +175,10 @@ class Analysis:
     def compare(self, keep: float | Iterable[float] = 0.8, **settings: Any) -> Comparison:
         """Every format and published method at equal bytes; ``settings`` are those of `geofx.compare`."""
         return compare_analysis(self, keep, **settings)
+
+    def frontier(self, by: Axis = "size", shares: Iterable[float] | None = None, **settings: Any) -> Frontier:
+        """The least predicted loss at each share; ``settings`` are those of `geofx.frontier_run`."""
+        return frontier_of(self, by, shares, **settings)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write moments, spectra and held-out batches for `geofx.load_analysis`; no weights, no code."""

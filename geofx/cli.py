@@ -19,6 +19,7 @@ from geofx import demo as demo_run
 from geofx import doctor as examination
 from geofx.cli_compare import compare
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
+from geofx.cli_frontier import frontier
 from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
 from geofx.cli_taxonomy import taxonomy
@@ -149,6 +150,7 @@ COMMANDS: tuple[tuple[str, Any], ...] = (
     ("export", export),
     ("eval", evaluate),
     ("bench", bench),
+    ("frontier", frontier),
     ("compare", compare),
     ("taxonomy", taxonomy),
     ("demo", demo),

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from geofx import cli_options as options
+from geofx.charts import check_chart
 from geofx.cli_analysis import kept_or_new, new_analysis
 from geofx.cli_console import show, show_json, working
 from geofx.compare_run import ROUNDS, compare_analysis
 from geofx.compare_subjects import reads_directions
-from geofx.comparison_figures import check_chart, draw_chart
+from geofx.comparison_figures import draw_chart
 from geofx.comparison_table import comparison_tables
 from geofx.errors import ConfigError
 from geofx.folder import check_files, check_target
@@ -56,7 +57,7 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
-    shares = _shares(keep)
+    shares = options.shares_of(keep)
     kept = analysis is not None and analysis.exists()
     check_files(output)
     if chart is not None:
@@ -98,13 +99,6 @@ def compare(
         show_json(made.to_json())
     else:
         show(*comparison_tables(made))
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{text!r} are no shares", where="--keep", fix="give 0.8 or 0.9,0.8,0.6") from None
 
 
 def _engines(text: str) -> Any:

@@ -83,6 +83,18 @@ def budget_of(
     return Budget(**{name: _amount(text) for name, text in amounts.items()}, loss=loss, scope=scope)
 
 
+def shares_of(text: str) -> list[float]:
+    """``0.9,0.8`` as numbers.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} are no shares", fix="give 0.8 or 0.9,0.8,0.6") from None
+
+
 def check_data(text: str | None, data: str | None, holdout: str | None, needed: bool = True) -> None:
     """Raises before any work if what would be read later is not there."""
     if text and data:

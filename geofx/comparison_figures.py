@@ -7,21 +7,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from geofx.charts import write_chart
 from geofx.comparison import Comparison, Role, Row
-from geofx.errors import ArtifactError, ConfigError
-from geofx.folder import check_files
-from geofx.report_figures import STYLE
 
-SUFFIXES = (".svg", ".png", ".pdf")
 COLOURS, MARKERS = 20, "os^vD*PX<>"
 PANEL_INCHES = (6.4, 4.2)
-
-
-def check_chart(path: Path) -> None:
-    """Raises before long work where `draw_chart` would: another suffix, or a place that cannot be written."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path.name!r} is not a chart file", fix=f"end it in {' or '.join(SUFFIXES)}")
-    check_files(path)
 
 
 def draw_chart(comparison: Comparison, path: str | Path) -> None:
@@ -30,21 +20,14 @@ def draw_chart(comparison: Comparison, path: str | Path) -> None:
     Raises:
         ConfigError, ArtifactError: the file has another suffix, or cannot be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    target = Path(path)
-    check_chart(target)
     panels = _panels(comparison)
-    with matplotlib.rc_context({**STYLE, "text.color": "black", "axes.edgecolor": "black"}):
-        width, height = PANEL_INCHES
-        figure = Figure(figsize=(width, height * max(1, len(panels))), layout="constrained")
+
+    def draw(figure: Any) -> None:
         for position, (title, rows) in enumerate(panels):
             _draw(figure.add_subplot(len(panels), 1, position + 1), title, rows, comparison)
-        try:
-            figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
-        except OSError as error:
-            raise ArtifactError(f"cannot write the chart: {error.strerror}", where=target.name) from error
+
+    width, height = PANEL_INCHES
+    write_chart(path, (width, height * max(1, len(panels))), draw)
 
 
 def _panels(comparison: Comparison) -> list[tuple[str, list[Row]]]:

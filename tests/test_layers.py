@@ -17,17 +17,17 @@ FOLDERS = {
 
 LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
-    "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_taxonomy geofx.taxonomy "
-    "geofx.demo geofx.doctor",
+    "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_frontier geofx.cli_taxonomy "
+    "geofx.taxonomy geofx.demo geofx.doctor",
     "geofx.api geofx.restore geofx.compare",
     "geofx.analysis",
-    "geofx.analysis_store geofx.summary geofx.compare_run",
+    "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
     "geofx.model geofx.sources geofx.text geofx.gguf_header",
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
     "geofx.artifact geofx.stand_in geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops "
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.compare_cache geofx.compare_fits geofx.compare_latency geofx.compare_prices "
-    "geofx.compare_subjects",
+    "geofx.compare_subjects geofx.charts geofx.frontier geofx.frontier_views",
     "geofx.huggingface geofx.pretrained",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space",
     "geofx.passes",

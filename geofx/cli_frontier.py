@@ -1,0 +1,94 @@
+"""geofx frontier: the least loss at every size, from one analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from geofx import cli_options as options
+from geofx.charts import check_chart
+from geofx.cli_analysis import kept_or_new, new_analysis
+from geofx.cli_console import show, show_json, working
+from geofx.errors import ConfigError
+from geofx.folder import check_files, check_target
+from geofx.frontier_run import frontier_of
+from geofx.frontier_views import draw_frontier, frontier_table
+from geofx.sources import load_source
+
+
+def frontier(
+    model: options.Model,
+    text: options.Text = None,
+    data: options.Data = None,
+    holdout: options.Holdout = None,
+    by: Annotated[
+        Literal["size", "flops", "parameters"], typer.Option("--by", help="What the shares are of.")
+    ] = "size",
+    shares: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Such as 0.9,0.8; by default 0.95 to 0.3.")
+    ] = None,
+    measure: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Rewrite and measure the model at these (slow).")
+    ] = None,
+    scope: options.Scope = "model",
+    include: options.Include = None,
+    ignore: options.Ignore = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the frontier as JSON.")
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw loss against size: .svg, .png or .pdf.")
+    ] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
+    ] = None,
+    mode: options.Mode = "two_sided",
+    tokens: options.Tokens = options.CALIBRATION_TOKENS,
+    length: options.Length = options.WINDOW_TOKENS,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Show what each size of MODEL would lose, from one analysis."""
+    kept = analysis is not None and analysis.exists()
+    check_files(output)
+    if chart is not None:
+        check_chart(chart)
+        if output is not None and chart.resolve() == output.resolve():
+            raise ConfigError(
+                "the chart and the frontier are one file", where=str(chart), fix="give two files"
+            )
+    if analysis is not None and not kept:
+        check_target(analysis)
+    wanted, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
+    options.check_data(text, data, holdout, needed=mode != "data_free" and not kept)
+    with working() as progress:
+        with progress.step("load"):
+            source = load_source(model)
+        options.check_patterns(source, include, ignore)
+        found = kept_or_new(
+            analysis,
+            source,
+            progress,
+            lambda: new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress),
+        )
+        made = frontier_of(
+            found,
+            by,
+            wanted,
+            measured=measured or (),
+            scope=scope,
+            name=source.description,
+            include=include,
+            ignore=ignore or (),
+        )
+        if output is not None:
+            made.save(output)
+        if chart is not None:
+            draw_frontier(made, chart)
+    if as_json:
+        show_json(made.to_json())
+    else:
+        show(*frontier_table(made))

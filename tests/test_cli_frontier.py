@@ -1,0 +1,59 @@
+"""geofx frontier: table, JSON and chart from the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli_compare import FUNCTIONS, MODEL
+
+from geofx.cli import main
+from geofx.frontier import Frontier
+
+ARGUMENTS = ["frontier", MODEL, "--data", "geofx_compared_functions:batches"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "geofx_compared_functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "geofx_compared_functions", raising=False)
+    return tmp_path
+
+
+def test_one_analysis_gives_table_json_and_chart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--shares", "0.9,0.6", "--measure", "0.6", "--analysis", "kept"]
+    assert main([*ARGUMENTS, *asked, "-o", "made.json", "--chart", "made.svg"]) == 0
+    table = capsys.readouterr().out
+    made = Frontier.from_json((folder / "made.json").read_text())
+    assert [point.share for point in made.points] == [0.9, 0.6]
+    assert "60.0 %" in table
+    assert "measured" in table
+    assert "<svg" in (folder / "made.svg").read_text()
+    assert main(["frontier", MODEL, "--shares", "0.9,0.6", "--analysis", "kept", "--json"]) == 0
+    captured = capsys.readouterr()
+    again = Frontier.from_json(captured.out)
+    assert [point.predicted_loss for point in again.points] == pytest.approx(
+        [point.predicted_loss for point in made.points], rel=1e-6
+    )
+    assert "calibrate" not in captured.err
+    assert "frontier: done" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--shares", "most"], 2, "no shares"),
+        (["--shares", "0.9", "--chart", "made.txt"], 2, "not a chart file"),
+        (["--by", "latency"], 2, "latency"),
+        (["--chart", "one.svg", "-o", "one.svg"], 2, "one file"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARGUMENTS, *options]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "calibrate" not in error
