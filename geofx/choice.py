@@ -61,6 +61,7 @@ class Choice:
 
     Attributes:
         shapes: (out, in) of each weight, canonical.
+        biased: names of the weights to whose products a bias is added.
         loss: predicted increase; None where it was not predicted (edited by hand).
     """
 
@@ -77,6 +78,7 @@ class Choice:
     dense_parameters: Count
     dense_bytes: Count
     dense_flops: float
+    biased: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 
@@ -98,9 +100,10 @@ class Choice:
     def as_region(self) -> Region:
         """The region as far as prices need it: names, shapes, dtype."""
         pairs = zip(self.weights, self.shapes, strict=True)
-        return Region(
-            self.region, self.kind, tuple(Site(name, shape, dtype=self.dtype) for name, shape in pairs)
-        )
+        return Region(self.region, self.kind, tuple(self._site(*pair) for pair in pairs))
+
+    def _site(self, weight: str, shape: tuple[int, int]) -> Site:
+        return Site(weight, shape, dtype=self.dtype, has_bias=weight in self.biased)
 
     @property
     def rows_per_token(self) -> float:
@@ -110,8 +113,7 @@ class Choice:
 
     def part(self, weight: str) -> Region:
         """The region of one of the weights alone."""
-        site = Site(weight, self.shapes[self.weights.index(weight)], dtype=self.dtype)
-        return Region(weight, "single", (site,))
+        return Region(weight, "single", (self._site(weight, self.shapes[self.weights.index(weight)]),))
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,14 @@ def priced(region: Region, factorization: Factorization, rows_per_token: float) 
         0.0,
         *dense,
         *dense,
+        biased_in(region),
     )
     return reprice(whole, factorization, region.name)
+
+
+def biased_in(region: Region) -> tuple[str, ...]:
+    """The weights of ``region`` to whose products a bias is added."""
+    return tuple(site.weight for site in region.sites if site.has_bias)
 
 
 def reprice(choice: Choice, factorization: Factorization, where: str) -> Choice:
@@ -229,6 +237,7 @@ def require_fits(choice: Choice, known: Mapping[str, Region], where: str) -> Non
         ("weights", region.weights),
         ("shapes", tuple(site.shape for site in region.sites)),
         ("dtype", region.sites[0].dtype),
+        ("biased", biased_in(region)),
     ):
         if getattr(choice, field) != wanted:
             raise PlanError(

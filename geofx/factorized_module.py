@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geofx.errors import ConfigError
-from geofx.factorizations import Dense, Factored, Factorization, Factors, Growing, Lookup
+from geofx.factorizations import Dense, Factored, Factorization, Factors, Growing, Lookup, Narrowing
 from geofx.factorizations.contract import of_site
 
 PROBE_SHAPE = (2, 3)
@@ -94,9 +94,9 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the factors stand for, as it was stored; for code that looks at it."""
+        """A copy of the weight that the factors stand for, as it was stored; for code that looks at it."""
         dense = self.factorization.to_dense(self.factors)
-        return (dense.t() if self.transposed else dense).as_subclass(_Derived)
+        return (dense.t() if self.transposed else dense).clone().as_subclass(_Derived)
 
     def extra_repr(self) -> str:
         """The format and the shapes of its factors."""
@@ -123,6 +123,7 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):  # type: ignore[override]
     ) -> None:
         FactorizedLayer.__init__(self, factorization, factors, **layer)
         self.out_features, self.in_features = shape
+        self.narrows_bias = bias is not None and bias.shape[0] != shape[0]
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
@@ -131,7 +132,14 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):  # type: ignore[override]
     def forward(self, x: Tensor) -> Tensor:
         """Apply the factors; ``x`` is (..., in)."""
         y = self.factorization.apply(x, self.factors)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self._bias()
+
+    def _bias(self) -> Tensor:
+        assert self.bias is not None
+        if self.narrows_bias:
+            assert isinstance(self.factorization, Narrowing)
+            return self.factorization.narrow_bias(self.bias, self.factors)
+        return self.bias
 
 
 class FactorizedEmbedding(FactorizedLayer):
@@ -245,12 +253,13 @@ def _replacement(owner: _Owner, factored: Factored, site: int, memo: dict[int, A
     else:
         transposed = _is_transposed(owner)
         bias = copy.deepcopy(owner.bias, memo)  # the memo keeps a bias tied that is tied
-        rows, columns = owner.tensor.shape[::-1] if transposed else owner.tensor.shape
         result = FactorizedLinear(
             form,
             factors,
             bias,
-            shape=(rows, columns),
+            shape=_narrowed(
+                form, owner.tensor.shape[:: -1 if transposed else 1], site, len(factored.weights)
+            ),
             site=site,
             transposed=transposed,
             leaf=owner.leaf,
@@ -258,6 +267,16 @@ def _replacement(owner: _Owner, factored: Factored, site: int, memo: dict[int, A
     for hooks in _HOOKS:
         getattr(result, hooks).update(getattr(owner.module, hooks))
     return result.train(owner.module.training)
+
+
+def _narrowed(form: Factorization, shape: tuple[int, ...], site: int, sites: int) -> tuple[int, int]:
+    """(out, in) of what is left of a weight of ``shape``."""
+    rows, columns = shape
+    if isinstance(form, Narrowing):
+        outputs, inputs = form.kept_outputs(site, sites), form.kept_inputs(site, sites)
+        rows = rows if outputs is None else len(outputs)
+        columns = columns if inputs is None else len(inputs)
+    return rows, columns
 
 
 @torch.no_grad()

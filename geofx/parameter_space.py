@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geofx.annotations import annotations_of
 from geofx.errors import ConfigError
-from geofx.factorizations.contract import Factored
+from geofx.factorizations.contract import Factored, widened
 from geofx.factorizations.dense import Dense
 from geofx.program import Program
 from geofx.trace import storage_identity
@@ -108,7 +108,8 @@ class ParameterSpace:
                 return _tensor(program, weight)
             factored, site = owners[weight]
             factors = {part: _tensor(program, stored) for part, stored in factored.attributes.items()}
-            dense = factored.factorization.to_dense(factors, site)
+            shape = self.shapes[name][::-1] if weight in transposed else self.shapes[name]
+            dense = widened(factored.factorization, factors, site, shape)
             return dense.t() if weight in transposed else dense
 
         return ParameterSpace(self.shapes, read)

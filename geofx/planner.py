@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from geofx.budget import Budget, Resource, describe
-from geofx.choice import Choice, Rejection, SolverReport, Totals
+from geofx.choice import Choice, Rejection, SolverReport, Totals, biased_in
 from geofx.errors import BudgetInfeasibleError, ResourceError
 from geofx.option_table import Caps, OptionTable, price_of
 from geofx.options import Option
@@ -167,6 +167,7 @@ def _choice(option: Option, dense_of: dict[str, Totals]) -> Choice:
         dense_parameters=dense.parameters,
         dense_bytes=dense.bytes,
         dense_flops=dense.flops,
+        biased=biased_in(region),
     )
 
 

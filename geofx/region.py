@@ -20,8 +20,9 @@ OWN: frozenset[RegionKind] = frozenset({"single", "embedding", "tied_embedding"}
 class Region:
     """``sites`` that are rewritten by one choice. A region of one site is named by its weight.
 
-    ``shared_input`` are linear maps of one tensor, ``stack`` the same map in several layers; ``embedding`` is
-    a table that is only looked up, ``tied_embedding`` one that is also the output's weight.
+    ``shared_input`` are linear maps of one tensor, ``stack`` the same map in several layers; ``gated_mlp``
+    are maps into hidden units that act one by one, and last the map out of them; ``embedding`` is a table
+    that is only looked up, ``tied_embedding`` one that is also the output's weight.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Region:
     @property
     def has_spectrum(self) -> bool:
         """Whether one spectrum has the loss of every rank: not where sites have inputs of their own."""
-        return self.kind != "stack"
+        return self.kind not in ("stack", "gated_mlp")
 
     @property
     def shape(self) -> tuple[int, int]:

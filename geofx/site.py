@@ -23,6 +23,7 @@ class Site:
         aliases: further names of the same parameter.
         dtype: such as ``"float32"``.
         heads: attention heads that the outputs (positive) or inputs (negative) are cut into; 0 where none.
+        has_bias: something is added to what comes out.
     """
 
     weight: str
@@ -34,6 +35,7 @@ class Site:
     aliases: tuple[str, ...] = ()
     dtype: str = "float32"
     heads: int = 0
+    has_bias: bool = False
 
     @property
     def numel(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from geofx.factorizations import Factorization
+from geofx.factorizations import Factorization, Narrowing
 from geofx.region import Region, RegionKind
 from geofx.site import Site
 
@@ -66,21 +66,24 @@ def measure(factorization: Factorization, region: Region) -> Workload:
     What the sites of a ``shared_input`` region compute alike, such as a projection onto a shared basis, is
     counted once, as the lowered graph runs it.
     """
-    shapes = tuple(site.shape for site in region.sites)
-    return _measure(factorization, shapes, region.sites[0].dtype, region.kind)  # type: ignore[arg-type]
+    maps = tuple((site.shape, site.has_bias) for site in region.sites)
+    return _measure(factorization, maps, region.sites[0].dtype, region.kind)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=65536)
 def _measure(
-    factorization: Any, shapes: tuple[tuple[int, int], ...], dtype_name: str, kind: RegionKind
+    factorization: Any, maps: tuple[tuple[tuple[int, int], bool], ...], dtype_name: str, kind: RegionKind
 ) -> Workload:
-    sites = tuple(Site(f"probe{index}", shape, dtype=dtype_name) for index, shape in enumerate(shapes))
+    sites = tuple(
+        Site(f"probe{index}", shape, dtype=dtype_name, has_bias=has_bias)
+        for index, (shape, has_bias) in enumerate(maps)
+    )
     dtype = getattr(torch, dtype_name)
     factors = {
         name: torch.empty(size, dtype=torch.int32 if _is_index(name) else dtype, device="meta")
         for name, size in factorization.factor_shapes(Region("probe", kind, sites)).items()
     }
-    run = _use(factorization, factors, shapes, dtype, kind)
+    run = _use(factorization, factors, tuple(shape for shape, _ in maps), dtype, kind)
     outputs, flops = _OutputCounter(), FlopCounterMode(display=False)
     with torch.no_grad(), outputs, flops:
         run()
@@ -105,7 +108,11 @@ def _use(
     kind: RegionKind,
 ) -> Callable[[], object]:
     """One use of each site by `PROBE_TOKENS` tokens."""
-    x = torch.empty(PROBE_TOKENS, shapes[0][1], dtype=dtype, device="meta")
+    inputs = [
+        torch.empty(PROBE_TOKENS, _width(factorization, shapes, site), dtype=dtype, device="meta")
+        for site in range(len(shapes))
+    ]
+    x = inputs[0]
     ids = torch.empty(PROBE_TOKENS, dtype=torch.int64, device="meta")
     names = list(factors)
 
@@ -122,4 +129,12 @@ def _use(
         return lambda: factorization.lookup(ids, factors)
     if kind == "tied_embedding":
         return lambda: (factorization.lookup(ids, factors), apply(x, *factors.values()))
-    return lambda: apply(x, *factors.values())
+    return lambda: [factorization.apply(x, factors, site) for site, x in enumerate(inputs)]
+
+
+def _width(factorization: Any, shapes: Sequence[tuple[int, int]], site: int) -> int:
+    """Number of inputs that a site still gets."""
+    if isinstance(factorization, Narrowing):
+        kept = factorization.kept_inputs(site, len(shapes))
+        return shapes[site][1] if kept is None else len(kept)
+    return shapes[site][1]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from geofx.annotations import Key
 from geofx.program import Program
@@ -25,12 +26,16 @@ _TRANSPOSES = (
     aten.mT.default,
 )
 _IDENTITIES = (aten.detach.default, aten.alias.default, aten.contiguous.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _PRODUCTS = (aten.mm.default, aten.matmul.default, aten.addmm.default, aten.linear.default)
 
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """One form for every product of an activation and a constant matrix."""
+    """One form for every product of an activation and a constant matrix.
+
+    view(linear(view(x)), of the leading sizes of x) is linear(x).
+    """
 
     name: ClassVar[str] = "canonicalize"
     reads: ClassVar[tuple[Key[Any], ...]] = ()
@@ -46,6 +51,9 @@ class Canonicalize:
                 changed = True
             elif node.target in _PRODUCTS:
                 changed |= _canonicalize_product(program, node)
+        for node in list(program.graph.nodes):
+            if node.target in _VIEWS:
+                changed |= _unflatten(program, node)
         program.graph.eliminate_dead_code()
         return changed
 
@@ -75,6 +83,34 @@ def _canonicalize_product(program: Program, node: fx.Node) -> bool:
     node.replace_all_uses_with(linear)
     program.graph.erase_node(node)
     return True
+
+
+def _unflatten(program: Program, node: fx.Node) -> bool:
+    """Apply a product to x itself where its rows are only flattened before and laid out again after it."""
+    product = node.args[0]
+    if not isinstance(product, fx.Node) or product.target is not aten.linear.default:
+        return False
+    flat = product.args[0]
+    if not isinstance(flat, fx.Node) or flat.target not in _VIEWS or not isinstance(flat.args[0], fx.Node):
+        return False
+    source = flat.args[0]
+    before, after, inner = (_sizes(item) for item in (source, node, flat))
+    alike = len(before) == len(after) and all(
+        statically_known_true(one == other) for one, other in zip(before[:-1], after[:-1], strict=True)
+    )
+    if not alike or before[-1] != inner[-1] or after[-1] != _sizes(product)[-1]:
+        return False
+    with program.graph.inserting_before(node):
+        linear = program.graph.call_function(aten.linear.default, (source, *product.args[1:]))
+    linear.meta = {**product.meta, "val": node.meta["val"]}
+    node.replace_all_uses_with(linear)
+    program.graph.erase_node(node)
+    return True
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _operands(node: Any) -> tuple[Any, Any, Any, bool] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
+
+import torch
 
 from geofx.program import Program
 from geofx.region import Region, RegionKind
@@ -15,14 +17,17 @@ from geofx.site import Site
 def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
     """Every site alone, linear maps of one tensor together, and one map across layers.
 
-    ``shared_input``: linear sites that each run once, on the same tensor. ``stack``: linear sites with
-    one role in several layers; each two neighbours, and all of them.
+    ``shared_input``: linear sites that each run once, on the same tensor. ``gated_mlp``: a linear site and
+    those whose outputs, one by one, make its inputs. ``stack``: linear sites with one role in several
+    layers; each two neighbours, and all of them.
     """
     every = list(sites)
     own = [Region(site.weight, _own_kind(site), (site,)) for site in every]
     once = [site for site in every if site.kind == "linear" and len(site.nodes) == 1]
-    shared = {region.weights[-1]: region for region in _shared_inputs(once)}
-    near = [found for region in own for found in (region, shared.get(region.name)) if found is not None]
+    joint = defaultdict(list)
+    for region in (*_shared_inputs(once), *_hidden_units(program, once)):
+        joint[region.weights[-1]].append(region)
+    near = [found for region in own for found in (region, *joint[region.name])]
     return (*near, *_stacks(program, once))
 
 
@@ -35,6 +40,34 @@ def _shared_inputs(sites: Iterable[Site]) -> Iterator[Region]:
     for site in sites:
         groups[site.input, site.dtype].append(site)
     yield from (_together("shared_input", members) for members in groups.values() if len(members) > 1)
+
+
+def _hidden_units(program: Program, sites: Sequence[Site]) -> Iterator[Region]:
+    """Sites of which each is read by nothing but operations on single numbers that lead to one other site."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    owner = {site.nodes[0]: site for site in sites}
+    for site in sites:
+        end = nodes[site.nodes[0]]
+        between, before = _cone(end.args[0], owner)
+        closed = all(set(node.users) <= {*between, end} for node in (*between, *before))
+        members = [found for name, found in owner.items() if nodes[name] in before]
+        closed = closed and len(members) == len(before)
+        alike = {(member.shape[0], member.dtype) for member in members} == {(site.shape[1], site.dtype)}
+        if closed and alike:
+            yield _together("gated_mlp", (*members, site))
+
+
+def _cone(end: Any, owner: Mapping[str, Site]) -> tuple[set[Any], set[Any]]:
+    """Operations on single numbers that lead to ``end``, and what they read: the sites of an MLP."""
+    between, before, todo = set[Any](), set[Any](), [end]
+    while todo:
+        node = todo.pop()
+        if node.name not in owner and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            between.add(node)
+            todo += [item for item in node.all_input_nodes if item not in between]
+        else:
+            before.add(node)
+    return between, before
 
 
 def _stacks(program: Program, sites: Sequence[Site]) -> Iterator[Region]:

@@ -120,6 +120,7 @@ def _from_uses(program: Program, name: str, value: Tensor, uses: list[tuple[fx.N
         nodes=tuple(node.name for node in program.graph.nodes if node in used),
         aliases=tuple(sorted(alias for alias, target in program.aliases.items() if target == name)),
         heads=find_heads((node for node, _ in linear), (rows, columns)),
+        has_bias=any(len(node.args) > 2 and node.args[2] is not None for node, _ in linear),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from geofx.annotations import REWRITE, SENSITIVITY, SITE, Key, Rewrite
-from geofx.factorizations import Dense, Factored, Lookup
+from geofx.factorizations import Dense, Factored, Lookup, Narrowing
 from geofx.program import Program
 
 aten = torch.ops.aten
@@ -60,6 +60,8 @@ class _Lowering:
         is_lookup = node.target is aten.embedding.default
         data: Any = node.args[1] if is_lookup else node.args[0]
         bias: Any = None if is_lookup else (*node.args, None)[2]
+        if isinstance(form, Narrowing) and form.kept_inputs(site, len(self.factored.weights)) is not None:
+            _revalue(data)
         with self.program.graph.inserting_before(node):
             stored = self._attributes(data, self.program.weight(weight).requires_grad)
             names = sorted(stored)
@@ -71,9 +73,15 @@ class _Lowering:
                 assert isinstance(form, Lookup)
                 return form.lookup(x, factors)
 
+            def narrow(whole: Tensor, *parts: Tensor) -> Tensor:
+                assert isinstance(form, Narrowing)
+                return form.narrow_bias(whole, dict(zip(names, parts, strict=True)))
+
             result = self._inline(node, body, [data, *(stored[name] for name in names)])
             if bias is not None:
                 value = result.meta["val"]
+                if isinstance(form, Narrowing) and bias.meta["val"].shape[0] != value.shape[-1]:
+                    bias = self._inline(node, narrow, [bias, *(stored[name] for name in names)])
                 result = self.program.graph.call_function(aten.add.Tensor, (result, bias))
                 result.meta["val"] = value
         REWRITE.set(result, Rewrite(self.region, form.name))
@@ -119,6 +127,17 @@ class _Lowering:
             copied.meta = {"val": item.meta.get("val"), "nn_module_stack": stack}
             self.seen[key] = copied
         return self.seen[key]
+
+
+def _revalue(node: fx.Node) -> None:
+    """Values of what stands between rewritten sites and ``node``, whose last dim they have narrowed."""
+    if node.op != "call_function" or REWRITE.name in node.meta:
+        return
+    for argument in node.all_input_nodes:
+        _revalue(argument)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+    with node.meta["val"].fake_mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _fake_like(x: Any, value: Tensor) -> Tensor:

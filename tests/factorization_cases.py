@@ -18,7 +18,8 @@ class Case:
 
     Attributes:
         small, large: two settings for 24 x 20 weights, large being the bigger.
-        structured: (24, 20) float64 weights, one per site, that ``large`` writes exactly.
+        structured: (24, 20) float64 weights, one per site, that ``large`` writes exactly; the last of a
+            ``gated_mlp`` is (20, 24).
         tolerance: relative, of a float32 round trip through `fit` and `to_dense`.
         kind: of the region; 24 is then the rows of each site.
         flops: of one token of ``large`` through all sites; two per number stored where not given.
@@ -332,4 +333,17 @@ CASES["hybrid-indexed"] = Case(
     1e-6,
     flops=2 * (2 * 41 + 3 * 20) + 2 * 40 * (4 + 6),
     subspaces=3 + 4,
+)
+
+
+def _mlp(units: int) -> tuple[Tensor, ...]:
+    """Two maps into 24 units and one out of them; all but some units are nowhere read nor written."""
+    used = torch.randperm(24, generator=torch.Generator().manual_seed(3))[:units]
+    mask = torch.zeros(24, 1, dtype=torch.float64)
+    mask[used] = 1.0
+    return mask * random(24, 20, seed=1), mask * random(24, 20, seed=2), random(20, 24, seed=3) * mask.T
+
+
+CASES["dropped_units"] = Case(
+    f.DroppedUnits(7), f.DroppedUnits(15), _mlp(15), 1e-5, "gated_mlp", flops=2 * 3 * 15 * 20, subspaces=1
 )

@@ -18,9 +18,11 @@ from geofx.factorizations.contract import Factorization as Factorization
 from geofx.factorizations.contract import Factors as Factors
 from geofx.factorizations.contract import Growing as Growing
 from geofx.factorizations.contract import Lookup as Lookup
+from geofx.factorizations.contract import Narrowing as Narrowing
 from geofx.factorizations.contract import factor_name as factor_name
 from geofx.factorizations.cp import CP as CP
 from geofx.factorizations.dense import Dense as Dense
+from geofx.factorizations.dropped_units import DroppedUnits as DroppedUnits
 from geofx.factorizations.gauge_fixed import GaugeFixed as GaugeFixed
 from geofx.factorizations.group_reduce import GroupReduce as GroupReduce
 from geofx.factorizations.hybrid import Hybrid as Hybrid
@@ -51,6 +53,7 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     Hybrid,
     SharedBasis,
     SharedWeight,
+    DroppedUnits,
     GroupReduce,
     TokenMPS,
 )

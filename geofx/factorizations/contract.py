@@ -87,6 +87,27 @@ class Growing(Protocol):
         ...
 
 
+@runtime_checkable
+class Narrowing(Protocol):
+    """What a format has besides that drops outputs of some of its sites, which are inputs of others.
+
+    Its `to_dense` gives the matrices of the narrowed model. A site with fewer outputs loses nothing by
+    itself: what is lost shows at the sites that read them.
+    """
+
+    def kept_outputs(self, site: int, sites: int) -> Tensor | None:
+        """The outputs that the ``site``-th of ``sites`` keeps, ascending; None where it keeps all."""
+        ...
+
+    def kept_inputs(self, site: int, sites: int) -> Tensor | None:
+        """The inputs that it still gets, likewise."""
+        ...
+
+    def narrow_bias(self, bias: Tensor, factors: Factors) -> Tensor:
+        """The bias of a site with fewer outputs."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Factored:
     """A format as fitted, the factors of one region and the names of the weights that they stand for."""
@@ -120,10 +141,28 @@ def measured_loss(form: Factorization, analysis: RegionAnalysis) -> float:
 
 def factored_loss(form: Factorization, factors: Factors, analysis: RegionAnalysis) -> float:
     """Σ over sites of tr(G ΔW A ΔWᵀ) between the weights and what ``factors`` multiply out to."""
+    sites = len(analysis.weights)
     return sum(
-        analysis.metrics[name].loss(weight.double() - form.to_dense(factors, site).double())
+        analysis.metrics[name].loss(weight.double() - widened(form, factors, site, weight.shape).double())
         for site, (name, weight) in enumerate(analysis.weights.items())
+        if not (isinstance(form, Narrowing) and form.kept_outputs(site, sites) is not None)
     )
+
+
+def widened(form: Factorization, factors: Factors, site: int, shape: tuple[int, ...]) -> Tensor:
+    """What ``factors`` multiply out to, in the weight's (out, in) ``shape``: zeros where it is narrower."""
+    dense = form.to_dense(factors, site)
+    if not isinstance(form, Narrowing):
+        return dense
+    sites = 1 + max(int(name.partition("@")[2] or 0) for name in factors)
+    rows, columns = form.kept_outputs(site, sites), form.kept_inputs(site, sites)
+    wide = dense.new_zeros(shape)
+    at = (
+        torch.arange(shape[0]) if rows is None else rows,
+        torch.arange(shape[1]) if columns is None else columns,
+    )
+    wide[at[0].to(dense.device)[:, None], at[1].to(dense.device)] = dense
+    return wide
 
 
 def stored(parts: Factors, like: Tensor) -> dict[str, Tensor]:
