@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, collect, split
+from geofx.batches import Batch, split
 from geofx.budget import Budget
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
 from geofx.model import OptimizedModel
@@ -31,16 +31,13 @@ from geofx.progress import Progress, log_progress
 from geofx.region import OWN
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
-from geofx.text import windows
+from geofx.text import batches_of
 from geofx.trace import input_names, trace
 
 logger = logging.getLogger(__name__)
 
 REPLANS = 8
 """How often `optimize` plans anew without the settings that could not be fitted."""
-
-WINDOW_TOKENS = 512
-"""Length of the windows that calibration text is cut into."""
 
 
 def analyze(
@@ -78,10 +75,10 @@ def analyze(
     """
     stages = Stages()
     names = input_names(model)
-    batches = _batches(calibration, tokenizer, names, "calibration data")
+    batches = batches_of(calibration, tokenizer, names, "calibration data")
     if mode != "data_free" and not batches:
         raise CalibrationError("there is no calibration data", fix="pass calibration=, or mode='data_free'")
-    held = _batches(holdout, tokenizer, names, "held-out data")
+    held = batches_of(holdout, tokenizer, names, "held-out data")
     leaking = not held and len(batches) == 1
     if not held and batches:
         batches, held = split(batches)
@@ -259,16 +256,3 @@ def optimize_analysis(
     raise NumericsError(
         f"{REPLANS} plans could not be fitted", where=regions, fix="leave these out by ignore="
     )
-
-
-def _batches(data: Any, tokenizer: Any, names: tuple[str, ...], what: str) -> list[Batch]:
-    if data is None:
-        return []
-    texts = isinstance(data, (str, Path)) or (
-        isinstance(data, (list, tuple)) and data and isinstance(data[0], str)
-    )
-    if not texts:
-        return collect(data, names, what)
-    if tokenizer is None:
-        raise ConfigError(f"{what} is text", fix="pass tokenizer=")
-    return list(windows(data, tokenizer, length=WINDOW_TOKENS, batch_size=2))

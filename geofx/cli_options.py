@@ -14,10 +14,10 @@ from geofx.budget import Amount, Budget
 from geofx.errors import CalibrationError, ConfigError
 from geofx.patterns import matching
 from geofx.sources import Source, call_named
+from geofx.text import WINDOW_TOKENS as WINDOW_TOKENS
 from geofx.text import Texts, python_text, require_file, windows
 
 CALIBRATION_TOKENS = 24576
-WINDOW_TOKENS = 512
 BATCH_ROWS = 2
 PYTHON_TEXT = "python"
 

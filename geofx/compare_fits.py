@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from geofx import region_analysis
-from geofx.compare_cache import Cache, digest
+from geofx.cache import Cache, digest
 from geofx.errors import GeofxError
 from geofx.factorizations import Factored, Factorization, Factors, contract, from_json, refine, to_json
 from geofx.factorizations.contract import factored_loss

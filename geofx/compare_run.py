@@ -16,8 +16,8 @@ from torch import Tensor
 
 from geofx.batches import Batch
 from geofx.budget import Budget
+from geofx.cache import Cache, default_folder, digest
 from geofx.choice import Totals
-from geofx.compare_cache import Cache, default_folder, digest
 from geofx.compare_fits import Fit, Fits, code_of, reason, seconds_of
 from geofx.compare_latency import Stopwatch
 from geofx.compare_prices import Prices

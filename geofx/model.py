@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.batches import Batch
-from geofx.compression import Certificate, certify
-from geofx.errors import ConfigError
+from geofx.batches import Batch, inputs_of, split
+from geofx.compression import Certificate, certify, parameter_mae
+from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
@@ -22,9 +23,13 @@ from geofx.parameter_space import ParameterSpace
 from geofx.plan import Plan
 from geofx.pretrained import make_saveable
 from geofx.program import Program
+from geofx.progress import Progress, log_progress
+from geofx.recovery import Recovery
 from geofx.report import Report
+from geofx.text import batches_of
 from geofx.trace import trace
-from geofx.verify import Fidelity, verify
+from geofx.training import Training
+from geofx.verify import VALIDATION, Fidelity, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,62 @@ class OptimizedModel:
         """The reconstructed parameters v̂, at the coordinates of the original's."""
         return ParameterSpace.of(self._original(original)).reconstructed(self.program, self.rewrites)
 
+    def recover(
+        self,
+        data: Any,
+        *,
+        teacher: nn.Module | None = None,
+        holdout: Any = None,
+        tokenizer: Any = None,
+        loss: UserLoss | None = None,
+        progress: Progress = log_progress,
+        **training: Any,
+    ) -> OptimizedModel:
+        """The same model with factors, norms and biases trained to give the original's outputs again.
+
+        Ranks, graph and size stay. The state with the least validation loss is kept, so that the result is
+        not worse than this on the last eighth of ``data``, which nothing is trained on.
+
+        Args:
+            data: what to train on, as for `analyze`; the original's outputs are the targets.
+            teacher: the original; needed after `load`, unless ``module`` was passed there.
+            holdout: data to measure the result on; by default that validation part.
+            tokenizer: cuts text into windows.
+            loss: the loss to measure in, where the model was optimized for one of its own.
+            progress: is told the steps.
+            training: settings of `geofx.training.Training`: ``steps``, ``learning_rate``, ``accumulate``,
+                ``optimizer``, ``schedule``, ``checkpoint``, ``seed``, ``device`` and so on.
+
+        Raises:
+            ConfigError: a setting is not known, or the original is not.
+            CalibrationError: the data cannot be used.
+            NumericsError: the loss is no longer finite.
+        """
+        settings, original = Training.of(training), self._original(teacher)
+        names = self.program.input_names
+        batches, validation = split(batches_of(data, tokenizer, names, "training data"))
+        if batches is validation:
+            raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
+        held = batches_of(holdout, tokenizer, names, "held-out data")
+        objective, student = choose_objective(original, batches[0], loss), _trainable(self)
+        recovery = Recovery(
+            student=student,
+            teacher=teacher or self.module or original,
+            objective=objective,
+            training=settings,
+            inputs=lambda batch: inputs_of(original, batch),
+            rewrites=self.rewrites,
+            whole=dict(original.tensors()),
+            progress=progress,
+        )
+        run = recovery.run(batches, validation)
+        result = _with_parameters(self, student.cpu())
+        mae = parameter_mae(ParameterSpace.of(original), result.parameter_space(original))
+        fidelity = verify(original, result.program, held or validation, objective, mae, progress)
+        if not held:
+            fidelity = replace(fidelity, data=VALIDATION)
+        return replace(result, fidelity=fidelity, report=self.report.after_recovery(fidelity, run.history))
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder that `geofx.load` reads: JSON and safetensors, hashed, all or nothing."""
         return artifact.save(
@@ -142,8 +203,17 @@ class OptimizedModel:
                 "the model's own class is not known here", fix="geofx.load(path, module=your_model)"
             )
         copied = factorize_module(module, self.rewrites.values(), self.program.aliases)
+        self._set_trained(copied)
         make_saveable(copied)
         return copied
+
+    @torch.no_grad()
+    def _set_trained(self, module: nn.Module) -> None:
+        """Give ``module`` the graph's values of what was not rewritten: `recover` trains norms and biases."""
+        for name, part in module.named_parameters():
+            known = self.program.aliases.get(name, name)
+            if self.program.holds(known) and self.program.weight(known).shape == part.shape:
+                part.copy_(self.program.weight(known))
 
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""
@@ -164,3 +234,32 @@ class OptimizedModel:
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError("geofx never pickles", fix="use save() and geofx.load()")
+
+
+def _trainable(result: OptimizedModel) -> nn.Module:
+    """The user's own class with factors in it, or the graph where that is not known; copies, both."""
+    if result.module is not None or result.rebuild is not None:
+        return result.to_module().eval()
+    program = result.program.clone()
+    for name, tensor in list(program.tensors()):
+        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+            program.set_tensor(name, tensor.detach().clone(), trainable=tensor.requires_grad)
+    return program.graph_module
+
+
+def _with_parameters(result: OptimizedModel, student: nn.Module) -> OptimizedModel:
+    """``result`` with the values of the parameters that were trained."""
+    program = result.program.clone()
+    for name, part in student.named_parameters():
+        if part.requires_grad:
+            known = program.aliases.get(name, name)
+            value = part.detach().to(program.weight(known), copy=True)
+            program.set_tensor(known, value, trainable=program.weight(known).requires_grad)
+    rewrites = {
+        region: replace(
+            factored,
+            factors={name: program.weight(stored).detach() for name, stored in factored.attributes.items()},
+        )
+        for region, factored in result.rewrites.items()
+    }
+    return replace(result, program=program, rewrites=rewrites)

@@ -33,6 +33,10 @@ class Objective(Protocol):
         """(Σ loss of the original, Σ loss of the optimized, number of terms)."""
         ...
 
+    def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
+        """(Σ of how far the optimized's outputs are from the original's, differentiable, number of terms)."""
+        ...
+
 
 @dataclass(frozen=True)
 class NextToken:
@@ -52,6 +56,13 @@ class NextToken:
         """Both sums over the same tokens."""
         before, terms = self._sum(original, batch)
         return float(before), float(self._sum(optimized, batch)[0]), terms
+
+    def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
+        """Σ KL(original ‖ optimized) over the tokens that have a successor."""
+        wanted, targets = next_token_pairs(logits_of(original), batch, self.ids)
+        given, _ = next_token_pairs(logits_of(optimized), batch, self.ids)
+        p, q = functional.log_softmax(wanted.float(), -1), functional.log_softmax(given.float(), -1)
+        return functional.kl_div(q, p, log_target=True, reduction="sum"), float(targets.numel())
 
     def _sum(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
         logits, targets = next_token_pairs(logits_of(output), batch, self.ids)
@@ -92,6 +103,10 @@ class SquaredError:
         )
         return 0.0, error, sum(float(value.double().square().sum()) for value in before)
 
+    def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
+        """(Σ ‖Δy‖², Σ ‖y‖²)."""
+        return squared_distance(original, optimized, batch)
+
 
 @dataclass(frozen=True)
 class Custom:
@@ -122,6 +137,18 @@ class Custom:
         terms = float(before.numel()) if before.dim() else _tokens(batch)
         scale = terms if before.dim() == 0 else 1.0
         return float(before.sum()) * scale, float(after.sum()) * scale, terms
+
+    def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
+        """(Σ ‖Δy‖², Σ ‖y‖²): of the outputs, as the loss itself may need targets."""
+        return squared_distance(original, optimized, batch)
+
+
+def squared_distance(original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
+    """(Σ ‖Δy‖², Σ ‖y‖²) over all outputs, padding left out."""
+    before, after = valid_outputs(original, batch), valid_outputs(optimized, batch)
+    errors = [(a.float() - b.float()).square().sum() for a, b in zip(before, after, strict=True)]
+    power = sum(float(value.detach().double().square().sum()) for value in before)
+    return torch.stack(errors).sum(), power
 
 
 def choose_objective(program: Program, batch: Batch, loss: UserLoss | None, seed: int = 0) -> Objective:

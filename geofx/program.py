@@ -97,6 +97,13 @@ class Program:
             raise KeyError(name)
         return value
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a parameter or buffer ``name``."""
+        try:
+            return isinstance(self.attribute(name), Tensor)
+        except KeyError:
+            return False
+
     def set_tensor(self, name: str, value: Tensor, *, trainable: bool) -> None:
         """Store ``value`` under dotted ``name`` as a parameter, or as a buffer where not floating."""
         *path, leaf = name.split(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -111,6 +111,8 @@ class Report:
         predicted_loss: sum over regions, in the calibration card's unit.
         fidelity: figures of `geofx.verify.Fidelity` by name, and their ``unit``.
         notes: fallbacks and warnings that a reader should know of.
+        recovery: of a training after the rewrite, the step, the training and the validation loss at each
+            validation.
     """
 
     model: str
@@ -125,6 +127,7 @@ class Report:
     regions: tuple[RegionRow, ...] = ()
     environment: Mapping[str, str] = field(default_factory=environment)
     notes: tuple[str, ...] = ()
+    recovery: tuple[Mapping[str, float], ...] = ()
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -142,6 +145,16 @@ class Report:
         """The same report with further figures, by the names of `Measured`."""
         return replace(
             self, original=replace(self.original, **original), optimized=replace(self.optimized, **optimized)
+        )
+
+    def after_recovery(self, fidelity: Any, history: Iterable[Mapping[str, float]]) -> Report:
+        """The report with what was measured after a training, and how that went."""
+        return replace(
+            self.with_measured(
+                original={"loss": fidelity.loss_original}, optimized={"loss": fidelity.loss_optimized}
+            ),
+            fidelity=asdict(fidelity),
+            recovery=(*self.recovery, *history),
         )
 
     def to_json(self) -> dict[str, Any]:

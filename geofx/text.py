@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geofx.batches import collect
 from geofx.errors import CalibrationError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 Texts = str | Path | Iterable[str]
+
+WINDOW_TOKENS = 512
+"""Length of the windows that text is cut into."""
 
 READ_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16
@@ -254,3 +258,22 @@ def _batch(rows: list[list[int]], pad: int) -> Batch:
         ids[position, : len(row)] = torch.tensor(row)
         mask[position, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def batches_of(data: Any, tokenizer: Any, names: Sequence[str], what: str) -> list[Batch]:
+    """Batches of what a user passes as data: none, text with a tokenizer, or what `collect` reads.
+
+    Raises:
+        CalibrationError: nothing usable comes out.
+        ConfigError: it is text, and there is no tokenizer.
+    """
+    if data is None:
+        return []
+    texts = isinstance(data, (str, Path)) or (
+        isinstance(data, (list, tuple)) and data and isinstance(data[0], str)
+    )
+    if not texts:
+        return collect(data, names, what)
+    if tokenizer is None:
+        raise ConfigError(f"{what} is text", fix="pass tokenizer=")
+    return list(windows(data, tokenizer, length=WINDOW_TOKENS, batch_size=2))

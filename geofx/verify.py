@@ -18,6 +18,7 @@ from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
 
 HELD_OUT, SEEN = "held-out batches", "the batches that it was calibrated on"
+VALIDATION = "the batches that the best state was chosen on"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import geofx
 from geofx import compare_fits, recipes
 from geofx.analysis import Analysis
-from geofx.compare_cache import Cache, default_folder, digest
+from geofx.cache import Cache, default_folder, digest
 from geofx.compare_run import compare_analysis
 from geofx.compare_subjects import reads_directions, subjects
 from geofx.comparison import Comparison, Figures, Row

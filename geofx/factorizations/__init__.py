@@ -19,6 +19,7 @@ from geofx.factorizations.contract import Factors as Factors
 from geofx.factorizations.contract import Growing as Growing
 from geofx.factorizations.contract import Lookup as Lookup
 from geofx.factorizations.contract import Narrowing as Narrowing
+from geofx.factorizations.contract import Unfolding as Unfolding
 from geofx.factorizations.contract import factor_name as factor_name
 from geofx.factorizations.cp import CP as CP
 from geofx.factorizations.dense import Dense as Dense

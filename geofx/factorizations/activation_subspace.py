@@ -47,6 +47,8 @@ class ActivationSubspace:
     name: ClassVar[str] = "activation_subspace"
     regions: ClassVar[frozenset[RegionKind]] = frozenset({"single", "shared_input"})
     closed_form: ClassVar[bool] = False
+    static: ClassVar[str] = "projection"
+    folded: ClassVar[str] = "weight"
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
@@ -83,6 +85,10 @@ class ActivationSubspace:
     def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
         """(W P) Pᵀ."""
         return factors[of_site("weight", site)] @ factors["projection"]
+
+    def fold(self, whole: Tensor, static: Tensor) -> Tensor:
+        """W P, of a W that is trained whole."""
+        return whole @ static.T
 
     def geometry(self, region: Region) -> GeometricForm:
         """One subspace, of the input: an orthogonal projection onto it, and back."""

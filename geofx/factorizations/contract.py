@@ -108,6 +108,23 @@ class Narrowing(Protocol):
         ...
 
 
+@runtime_checkable
+class Unfolding(Protocol):
+    """What a format has besides that keeps the weight whole while it is trained, and one factor as it is.
+
+    Attributes:
+        static: the factor that training leaves alone.
+        folded: the factor that is made of the whole weight and the static one.
+    """
+
+    static: ClassVar[str]
+    folded: ClassVar[str]
+
+    def fold(self, whole: Tensor, static: Tensor) -> Tensor:
+        """The folded factor of a whole weight (out, in)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Factored:
     """A format as fitted, the factors of one region and the names of the weights that they stand for."""

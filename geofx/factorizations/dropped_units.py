@@ -151,7 +151,8 @@ def _inputs(analysis: RegionAnalysis) -> Tensor:
 
 def _refit(weight: Tensor, moment: Tensor, keep: Tensor) -> Tensor:
     root = cholesky(moment[keep][:, keep], "second moment of the units kept")
-    return torch.cholesky_solve(moment[keep] @ weight.T, root).T
+    refitted: Tensor = torch.cholesky_solve(moment[keep] @ weight.T, root).T
+    return refitted
 
 
 def _path(analysis: RegionAnalysis) -> _Path:
@@ -197,7 +198,7 @@ def _steps(gram: Tensor, root: Tensor) -> Tensor:
     diagonal of L⁻¹ (WᵀGW) L⁻ᵀ.
     """
     half = torch.linalg.solve_triangular(root, gram, upper=False)
-    lifted = torch.linalg.solve_triangular(root, half.T, upper=False)
+    lifted: Tensor = torch.linalg.solve_triangular(root, half.T, upper=False)
     return lifted.diagonal().clamp_min(0.0).cumsum(0)
 
 

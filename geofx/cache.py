@@ -1,4 +1,4 @@
-"""Fits and measurements on disk, each written once it is known: what was interrupted goes on from there."""
+"""Results on disk, each written once it is known: what was interrupted goes on from there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """The user's cache folder of this system, ``geofx/compare`` in it."""
+    """Where comparisons are kept: ``geofx/compare`` in the user's cache folder of this system."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData/Local")
     elif sys.platform == "darwin":

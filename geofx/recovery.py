@@ -1,0 +1,240 @@
+"""Short training after the rewrite: the factors learn to give the original's outputs again."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from geofx.batches import Batch
+from geofx.cache import Cache, digest
+from geofx.checkpoint import Checkpoint, Progressed, Tensors
+from geofx.errors import ConfigError, NumericsError
+from geofx.factorizations import Factored, Unfolding, factor_name
+from geofx.factorized_module import FactorizedLayer
+from geofx.objective import Objective
+from geofx.progress import Progress, log_progress
+from geofx.training import Training
+
+logger = logging.getLogger(__name__)
+
+Model = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Recovery:
+    """argmin over the factors of E[D(original(x), optimized(x))], by stochastic gradients.
+
+    D is the KL divergence of the next token where the model predicts tokens, the relative squared error of
+    the outputs elsewhere (Hinton, Vinyals and Dean, 2015). Ranks stay as they are. Of a projection of the
+    inputs, ESPACE's, P stays and W is trained whole; W P is folded at the end (Sakr and Khailany, 2024).
+
+    Attributes:
+        student: the rewritten model; its factors are changed in place.
+        teacher: the original.
+        inputs: a batch -> the arguments of both.
+        whole: name of a weight -> the dense one, for projections.
+    """
+
+    student: nn.Module
+    teacher: Model
+    objective: Objective
+    training: Training
+    inputs: Callable[[Batch], Batch]
+    rewrites: Mapping[str, Factored]
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: Progress = log_progress
+
+    def __post_init__(self) -> None:
+        self._forward: Model = self.student
+
+    def run(self, batches: list[Batch], validation: list[Batch]) -> Progressed:
+        """Train on ``batches`` and leave the student at the state with the least loss on ``validation``.
+
+        Raises:
+            NumericsError: the loss is no longer finite.
+        """
+        with self._unfolded():
+            trained = self._trained()
+            if not trained:
+                raise ConfigError("there is nothing to train", where="recover", fix="rewrite something first")
+            return self._run(trained, batches, validation)
+
+    def _run(
+        self, trained: dict[str, nn.Parameter], batches: list[Batch], validation: list[Batch]
+    ) -> Progressed:
+        training = self.training
+        device = training.device if training.accelerator is None else training.accelerator.device
+        if device is not None:
+            self.student.to(device)
+        optimizer = training.made_optimizer(list(trained.values()))
+        schedule = training.made_schedule(optimizer)
+        if training.accelerator is not None:
+            prepared = training.accelerator.prepare(self.student, optimizer, schedule)
+            self._forward, optimizer, schedule = prepared
+        checkpoint = self._checkpoint(trained, batches, validation)
+        found = checkpoint.read(trained, optimizer, schedule) if checkpoint else None
+        if found is None:
+            run = Progressed()
+            best = self._validated(run, trained, {}, validation)
+        else:
+            run, best = found
+        self.progress("recover", run.step, training.steps)
+        order = self._order(len(batches))
+        while run.step < training.steps:
+            start = run.step * training.accumulate
+            loss = self._step(trained, [batches[order(start + k)] for k in range(training.accumulate)])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            self.progress("recover", run.step, training.steps)
+            if run.step % training.every == 0 or run.step == training.steps:
+                best = self._validated(run, trained, best, validation, loss)
+                if checkpoint is not None:
+                    checkpoint.write(run, trained, best, optimizer, schedule)
+        with torch.no_grad():
+            for name, part in trained.items():
+                part.copy_(best[name])
+        return run
+
+    def _step(self, trained: Mapping[str, nn.Parameter], batches: list[Batch]) -> float:
+        total = 0.0
+        for batch in batches:
+            loss = self._loss(batch) / len(batches)
+            if self.training.accelerator is None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                self.training.accelerator.backward(loss)
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise NumericsError("the loss is not finite", where="recover", fix="lower the learning rate")
+        return total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        device = next(self.student.parameters()).device
+        given = {name: _on(device, value) for name, value in self.inputs(batch).items()}
+        with torch.no_grad():
+            wanted = self.teacher(**given)
+        here = {name: _on(device, value) for name, value in batch.items()}
+        distance, terms = self.objective.distance(wanted, self._forward(**given), {**here, **given})
+        return distance / max(terms, 1e-30)
+
+    @torch.no_grad()
+    def _validated(
+        self,
+        run: Progressed,
+        trained: Mapping[str, nn.Parameter],
+        best: Tensors,
+        validation: list[Batch],
+        loss: float | None = None,
+    ) -> Tensors:
+        """The best parameters so far; what was seen joins the history."""
+        found = sum(float(self._loss(batch)) for batch in validation) / len(validation)
+        run.history.append(
+            {"step": run.step, "validation": found} | ({} if loss is None else {"training": loss})
+        )
+        logger.info("recover: step %d, validation %.5g", run.step, found)
+        if found < run.best:
+            run.best = found
+            return {name: part.detach().clone() for name, part in trained.items()}
+        return best
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The factors, and the vectors where they are asked for; all else is frozen."""
+        factors = {name for factored in self.rewrites.values() for name in factored.attributes.values()}
+        static = {
+            factor_name(factored.weights, factored.factorization.static)
+            for factored in self.rewrites.values()
+            if isinstance(factored.factorization, Unfolding)
+        }
+        found = {}
+        for name, part in self.student.named_parameters():
+            plain = _plain(name)
+            wanted = plain in factors - static or (self.training.vectors and part.dim() == 1)
+            part.requires_grad_(wanted)
+            if wanted:
+                found[plain] = part
+        return found
+
+    def _unfolded(self) -> _Unfolded:
+        return _Unfolded(self.student, self.whole)
+
+    def _order(self, count: int) -> Callable[[int], int]:
+        """The k-th batch: every batch once per pass, each pass in an order of its own."""
+
+        def place(k: int) -> int:
+            generator = torch.Generator().manual_seed(self.training.seed + k // count)
+            return int(torch.randperm(count, generator=generator)[k % count])
+
+        return place
+
+    def _checkpoint(
+        self, trained: Mapping[str, nn.Parameter], batches: Iterable[Batch], validation: Iterable[Batch]
+    ) -> Checkpoint | None:
+        training = self.training
+        if training.checkpoint is None:
+            return None
+        settings = training.steps, training.learning_rate, training.accumulate, training.every, training.seed
+        data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]
+        start = [part.detach() for part in trained.values()]
+        return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *start, *data))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what torch's parametrizations add to it."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
+
+
+class _Projected(nn.Module):
+    """W -> W P, as torch's parametrizations write it."""
+
+    def __init__(self, form: Unfolding, factors: Mapping[str, Tensor], whole: Tensor) -> None:
+        super().__init__()
+        self.form, self.whole = form, whole.detach().clone()
+        self.static = factors[form.static].detach()
+
+    def forward(self, whole: Tensor) -> Tensor:
+        return self.form.fold(whole, self.static)
+
+    def right_inverse(self, _: Tensor) -> Tensor:
+        return self.whole
+
+
+class _Unfolded:
+    """Layers that keep a weight whole while they are trained, for as long as the context lasts."""
+
+    def __init__(self, student: nn.Module, whole: Mapping[str, Tensor]) -> None:
+        self.layers = list(_unfolding(student, whole))
+
+    def __enter__(self) -> None:
+        for layer, form, attribute, weight in self.layers:
+            dense = weight.t() if layer.transposed else weight
+            part = _Projected(form, layer.factors, dense.to(getattr(layer, attribute)))
+            parametrize.register_parametrization(layer, attribute, part, unsafe=True)
+
+    def __exit__(self, *_: object) -> None:
+        for layer, _form, attribute, _weight in self.layers:
+            parametrize.remove_parametrizations(layer, attribute, leave_parametrized=True)
+
+
+def _unfolding(
+    student: nn.Module, whole: Mapping[str, Tensor]
+) -> Iterator[tuple[FactorizedLayer, Unfolding, str, Tensor]]:
+    for path, layer in student.named_modules():
+        if isinstance(layer, FactorizedLayer) and isinstance(layer.factorization, Unfolding):
+            weight = whole.get(f"{path}.{layer.leaf}")
+            if weight is not None:
+                form = layer.factorization
+                yield layer, form, f"{layer.leaf}_{form.folded}", weight

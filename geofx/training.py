@@ -1,0 +1,91 @@
+"""How the factors of a rewritten model are trained: settings, and what of torch they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geofx.errors import ConfigError
+from geofx.patterns import nearest
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+BETAS = (0.9, 0.95)
+WARMUP_RATIO = 0.05
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how the factors are trained.
+
+    Attributes:
+        steps: of the optimizer.
+        learning_rate: at its peak, of the default optimizer.
+        accumulate: batches per step.
+        every: steps between two validations, at which the best state is kept and the checkpoint written.
+        vectors: train the norms and biases too.
+        seed: of the order of the batches.
+        optimizer: makes any torch optimizer of the parameters; by default AdamW without decay.
+        schedule: makes any schedule of it; by default a linear warm-up and a cosine to zero.
+        checkpoint: folder that the run is kept in, and taken up from where it is there.
+        device: such as ``"cuda"``; by default the model stays where it is.
+        accelerator: an ``accelerate.Accelerator`` that places and runs the training instead.
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-5
+    accumulate: int = 1
+    every: int = 20
+    vectors: bool = True
+    seed: int = 0
+    optimizer: MakeOptimizer | None = None
+    schedule: MakeSchedule | None = None
+    checkpoint: str | Path | None = None
+    device: str | None = None
+    accelerator: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", where="recover", fix="give 1 or more")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0.0:
+            raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 1e-5")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Training:
+        """From settings by name.
+
+        Raises:
+            ConfigError: one is not known.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in settings:
+            if name not in known:
+                fix = f"the nearest are {nearest(name, known)}"
+                raise ConfigError(f"no setting {name!r}", where="recover", fix=fix)
+        return cls(**settings)
+
+    def made_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the parameters."""
+        if self.optimizer is not None:
+            return self.optimizer(trained)
+        return torch.optim.AdamW(trained, lr=self.learning_rate, betas=BETAS, weight_decay=0.0)
+
+    def made_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Its schedule."""
+        if self.schedule is not None:
+            return self.schedule(optimizer)
+        warm = max(1, round(WARMUP_RATIO * self.steps))
+
+        def share(step: int) -> float:
+            cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
+            return min(1.0, (step + 1) / warm) * cosine
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)

@@ -1,0 +1,219 @@
+"""Training after the rewrite: closer to the original, resumable to the bit, never worse, ESPACE's W whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+import geofx
+from geofx import Budget, OptimizedModel
+from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
+from geofx.factorizations import Factored
+from geofx.program import flat_tensors
+
+SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 1e-4, "every": 3}
+
+
+def batches(name: str, count: int = 6, start: int = 0) -> list[Any]:
+    rows = 64 if name == "mlp" else 4
+    return [tiny_models.example(name, rows, 24, seed) for seed in range(start, start + count)]
+
+
+def compressed(name: str, size: float = 0.12, **options: Any) -> OptimizedModel:
+    analysis = geofx.analyze(tiny_models.build(name), batches(name))
+    return analysis.apply(analysis.plan(Budget(size=size, scope="factorizable"), **options))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> OptimizedModel:
+    return compressed("llama")
+
+
+def factors_of(result: OptimizedModel) -> dict[str, torch.Tensor]:
+    return {
+        stored: factored.factors[name]
+        for factored in result.rewrites.values()
+        for name, stored in factored.attributes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mlp"])
+def test_the_outputs_come_closer_on_data_that_was_not_trained_on(name: str) -> None:
+    before = compressed(name)
+    fresh = batches(name, 3, 50)
+    settings: dict[str, Any] = {**SETTINGS, "steps": 32, "every": 8}
+    after = before.recover(batches(name, 16), holdout=fresh, **settings)
+    unchanged = before.recover(batches(name, 16), holdout=fresh, steps=1, learning_rate=1e-12)
+    assert after.fidelity is not None
+    assert unchanged.fidelity is not None
+    assert after.fidelity.relative_l2 < 0.99 * unchanged.fidelity.relative_l2
+    assert after.program.size_bytes() == before.program.size_bytes()
+    assert after.plan == before.plan
+    losses = [row["validation"] for row in after.report.recovery]
+    assert min(losses) < losses[0]
+    assert [row["step"] for row in after.report.recovery] == [0, 8, 16, 24, 32]
+    with torch.no_grad():
+        graph, module = (flat_tensors(model(**fresh[0])) for model in (after.program, after.to_module()))
+    for one, other in zip(graph, module, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_original_and_the_result_before_stay_as_they_are(decoder: OptimizedModel) -> None:
+    model, weights = decoder.module, {name: part.clone() for name, part in factors_of(decoder).items()}
+    assert model is not None
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    settings: dict[str, Any] = {**SETTINGS, "steps": 32, "every": 8}
+    after = decoder.recover(batches("llama", 16), **settings)
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    assert all(part.requires_grad for part in model.parameters())
+    assert all(torch.equal(part, weights[name]) for name, part in factors_of(decoder).items())
+    assert any(not torch.equal(part, weights[name]) for name, part in factors_of(after).items())
+    norm = "model.norm.weight"
+    assert not torch.equal(after.program.weight(norm), decoder.program.weight(norm))
+    only = decoder.recover(batches("llama", 16), vectors=False, **settings)
+    assert torch.equal(only.program.weight(norm), decoder.program.weight(norm))
+
+
+def test_a_ruinous_learning_rate_gives_back_what_there_was(decoder: OptimizedModel) -> None:
+    after = decoder.recover(batches("llama", 4), steps=6, learning_rate=3.0, every=2)
+    assert all(torch.equal(part, factors_of(decoder)[name]) for name, part in factors_of(after).items())
+
+
+def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedModel, tmp_path: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "recover" and done == 8:
+            raise StoppedError
+
+    whole = decoder.recover(batches("llama", 4), **SETTINGS)
+    kept = {**SETTINGS, "checkpoint": tmp_path / "run"}
+    with pytest.raises(StoppedError):
+        decoder.recover(batches("llama", 4), progress=stop, **kept)
+    steps: list[int] = []
+    resumed = decoder.recover(
+        batches("llama", 4), progress=lambda stage, done, total: steps.append(done), **kept
+    )
+    assert steps[0] == 6, "the last checkpoint before the stop"
+    for name, part in factors_of(resumed).items():
+        assert torch.equal(part, factors_of(whole)[name]), name
+    assert resumed.report.recovery == whole.report.recovery
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(decoder: OptimizedModel, tmp_path: Path) -> None:
+    kept = {**SETTINGS, "checkpoint": tmp_path}
+    decoder.recover(batches("llama", 4), **kept)
+    with pytest.raises(ArtifactMismatchError, match="another run"):
+        decoder.recover(
+            batches("llama", 4),
+            optimizer=lambda parts: torch.optim.SGD(
+                [{"params": parts[:3]}, {"params": parts[3:]}], lr=1e-3, momentum=0.9
+            ),
+            **kept,
+        )
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor", "RMSprop"])
+def test_any_optimizer_and_schedule_of_torch(decoder: OptimizedModel, tmp_path: Path, name: str) -> None:
+    made = getattr(torch.optim, name)
+    rates: list[float] = []
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        found = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=13, cycle_momentum=False)
+        step = found.step
+        found.step = lambda *given: (step(*given), rates.append(found.get_last_lr()[0]))[0]  # type: ignore[method-assign]
+        return found
+
+    after = decoder.recover(
+        batches("llama", 4),
+        optimizer=lambda parts: made(parts, lr=1e-4),
+        schedule=schedule,
+        checkpoint=tmp_path,
+        **SETTINGS,
+    )
+    assert len(after.report.recovery) == 5
+    assert len(set(rates)) == 12
+
+
+def test_an_accelerator_places_and_runs_it(decoder: OptimizedModel) -> None:
+    alone = decoder.recover(batches("llama", 4), **SETTINGS)
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerated = decoder.recover(batches("llama", 4), accelerator=accelerator, **SETTINGS)
+    for name, part in factors_of(accelerated).items():
+        torch.testing.assert_close(part, factors_of(alone)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_espace_trains_the_weight_whole_under_a_static_projection() -> None:
+    """The projection stays, and W P moves as W did: Adam's steps on W, of which P is taken at the end."""
+    before = compressed("llama", 0.3, formats="activation_subspace")
+    settings: dict[str, Any] = {**SETTINGS, "steps": 32, "every": 8}
+    after = before.recover(batches("llama", 16), **settings)
+    moved = 0
+    for region, factored in after.rewrites.items():
+        old = before.rewrites[region]
+        assert torch.equal(factored.factors["projection"], old.factors["projection"])
+        moved += not torch.equal(factored.factors["weight"], old.factors["weight"])
+        _check_folded(before, factored)
+    assert moved == len(after.rewrites) > 0
+    losses = [row["validation"] for row in after.report.recovery]
+    assert losses[-1] < losses[0]
+
+
+def _check_folded(before: OptimizedModel, factored: Factored) -> None:
+    """W P with P orthonormal: in the span of the projection, and still near the dense weight there."""
+    assert before.module is not None
+    dense = before.module.get_parameter(factored.weights[0]).detach()
+    weight, projection = factored.factors["weight"], factored.factors["projection"]
+    assert weight.shape == (dense.shape[0], projection.shape[0])
+    start = dense @ projection.T
+    assert 0 < float((weight - start).norm() / start.norm()) < 1.0
+
+
+def test_a_loaded_result_recovers_with_its_teacher(decoder: OptimizedModel, tmp_path: Path) -> None:
+    decoder.save(tmp_path / "out")
+    loaded = geofx.load(tmp_path / "out")
+    with pytest.raises(ConfigError, match="original"):
+        loaded.recover(batches("llama", 4), **SETTINGS)
+    after = loaded.recover(batches("llama", 4), teacher=decoder.module, **SETTINGS)
+    direct = decoder.recover(batches("llama", 4), **SETTINGS)
+    for name, part in factors_of(after).items():
+        torch.testing.assert_close(part, factors_of(direct)[name], rtol=1e-5, atol=1e-6)
+    after.save(tmp_path / "after")
+    assert geofx.load(tmp_path / "after").report.recovery == after.report.recovery
+
+
+def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
+    model = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24))
+    example = torch.randn(8, 24)
+    exported = torch.export.export(model, (example,))
+    data = [torch.randn(8, 24) for _ in range(64)]
+    result = geofx.optimize(exported, Budget(size=0.2), calibration=data[:40])
+    after = result.recover(data, **SETTINGS)
+    losses = [row["validation"] for row in after.report.recovery]
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 3}, "nearest are 'steps'"),
+        ({"steps": 0}, "give 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+    ],
+)
+def test_wrong_settings_are_named(decoder: OptimizedModel, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decoder.recover(batches("llama", 2), **settings)
+
+
+def test_one_batch_cannot_be_both_trained_and_validated_on(decoder: OptimizedModel) -> None:
+    with pytest.raises(CalibrationError, match="one batch"):
+        decoder.recover(batches("llama", 1))
