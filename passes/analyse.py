@@ -100,7 +100,12 @@ def _unseen(region: Region, moments: Moments) -> Skip | None:
 
 
 def _directions(region: Region, moments: Moments) -> Tensor | None:
-    """E[x̄ x̄ᵀ] at the region's inputs, the mean where they differ; None where it was not asked for."""
+    """E[x̄ x̄ᵀ] at the region's inputs, the mean where they differ; None where it was not asked for.
+
+    Nor where the inputs are of several spaces, as those of an MLP's maps are.
+    """
+    if len({site.shape[1] for site in region.sites}) > 1:
+        return None
     keys = {moments.input_of.get(name, "") for name in region.weights}
     found = [moments.directions[key] for key in sorted(keys) if key in moments.directions]
     return torch.stack(found).mean(0) if len(found) > 1 else next(iter(found), None)

@@ -362,9 +362,10 @@ def test_a_layer_of_every_site_is_what_the_region_is_there(name: str) -> None:
         pytest.skip("only looked up")
     analysis = random_analysis(case)
     fitted, factors = case.large.fit(analysis.weights, analysis)
-    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
     for site in range(len(analysis.weights)):
-        layer = FactorizedLinear(fitted, factors, shape=(len(analysis.weight), 20), site=site)
+        rows, columns = fitted.to_dense(factors, site).shape
+        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+        layer = FactorizedLinear(fitted, factors, shape=(rows, columns), site=site)
         torch.testing.assert_close(layer(x), fitted.apply(x, factors, site), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.weight, fitted.to_dense(factors, site), rtol=1e-4, atol=1e-4)
 
