@@ -8,15 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from geofx import cli_options as options
-from geofx.charts import check_chart
-from geofx.cli_analysis import kept_or_new, new_analysis
+from geofx.cli_analysis import check_written, kept_or_new, new_analysis
 from geofx.cli_console import show, show_json, working
 from geofx.compare_run import ROUNDS, compare_analysis
 from geofx.compare_subjects import reads_directions
 from geofx.comparison_figures import draw_chart
 from geofx.comparison_table import comparison_tables
-from geofx.errors import ConfigError
-from geofx.folder import check_files, check_target
 from geofx.sources import load_source
 
 KEEP = "0.8"
@@ -45,10 +42,7 @@ def compare(
         Path | None,
         typer.Option(metavar="DIR", help="Where what is done is kept; an interrupted run goes on."),
     ] = None,
-    analysis: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
-    ] = None,
+    analysis: options.KeptAnalysis = None,
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
@@ -58,16 +52,7 @@ def compare(
 ) -> None:
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
     shares = options.shares_of(keep)
-    kept = analysis is not None and analysis.exists()
-    check_files(output)
-    if chart is not None:
-        check_chart(chart)
-        if output is not None and chart.resolve() == output.resolve():
-            raise ConfigError(
-                "the chart and the comparison are one file", where=str(chart), fix="give two files"
-            )
-    if analysis is not None and not kept:
-        check_target(analysis)
+    kept = check_written(output, chart, analysis, "comparison")
     options.check_data(text, data, holdout, needed=not kept)
     with working() as progress:
         with progress.step("load"):

@@ -8,11 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from geofx import cli_options as options
-from geofx.charts import check_chart
-from geofx.cli_analysis import kept_or_new, new_analysis
+from geofx.cli_analysis import check_written, kept_or_new, new_analysis
 from geofx.cli_console import show, show_json, working
-from geofx.errors import ConfigError
-from geofx.folder import check_files, check_target
 from geofx.frontier_run import frontier_of
 from geofx.frontier_views import draw_frontier, frontier_table
 from geofx.sources import load_source
@@ -41,10 +38,7 @@ def frontier(
     chart: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw loss against size: .svg, .png or .pdf.")
     ] = None,
-    analysis: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
-    ] = None,
+    analysis: options.KeptAnalysis = None,
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
@@ -52,16 +46,7 @@ def frontier(
     as_json: options.Json = False,
 ) -> None:
     """Show what each size of MODEL would lose, from one analysis."""
-    kept = analysis is not None and analysis.exists()
-    check_files(output)
-    if chart is not None:
-        check_chart(chart)
-        if output is not None and chart.resolve() == output.resolve():
-            raise ConfigError(
-                "the chart and the frontier are one file", where=str(chart), fix="give two files"
-            )
-    if analysis is not None and not kept:
-        check_target(analysis)
+    kept = check_written(output, chart, analysis, "frontier")
     wanted, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
     options.check_data(text, data, holdout, needed=mode != "data_free" and not kept)
     with working() as progress:

@@ -12,7 +12,7 @@ import typer
 from geofx import cli_options as options
 from geofx.analysis import Analysis
 from geofx.api import optimize_analysis
-from geofx.cli_analysis import kept_analysis, kept_or_new, new_analysis
+from geofx.cli_analysis import check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
 from geofx.folder import check_files, check_target, write_file
 from geofx.model import OptimizedModel
@@ -84,18 +84,12 @@ def plan(
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
     seed: options.Seed = 0,
-    analysis: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
-    ] = None,
+    analysis: options.KeptAnalysis = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
-    kept = analysis is not None and analysis.exists()
-    check_files(None if dry_run else output)
-    if analysis is not None and not kept:
-        check_target(analysis)
+    kept = check_written(None if dry_run else output, None, analysis, "plan")
     options.check_data(text, data, None, needed=mode != "data_free" and not kept)
     with working() as progress:
         with progress.step("load"):

@@ -68,6 +68,10 @@ Include = Annotated[
 Ignore = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Not these weights; glob or re:REGEX.")
 ]
+KeptAnalysis = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep the analysis here; it is used again if it is there."),
+]
 Original = Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to compare with.")]
 
 

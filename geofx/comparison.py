@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from geofx.environment import environment
-from geofx.errors import ArtifactCorruptError
 from geofx.folder import write_file
 from geofx.method import Allocation
+from geofx.record_file import read_record
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -136,14 +136,7 @@ class Comparison:
         Raises:
             ArtifactCorruptError: not a comparison; names the field.
         """
-        text = data if isinstance(data, str | bytes) else json.dumps(data)
-        try:
-            return _ADAPTER.validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            what = f"not a comparison: {place}: {first['msg']}"
-            raise ArtifactCorruptError(what, fix="compare anew") from error
+        return read_record(_ADAPTER, data, "a comparison", fix="compare anew")
 
     def save(self, path: str | Path) -> None:
         """Write the JSON text to ``path``."""

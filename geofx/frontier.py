@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from geofx.budget import Scope
 from geofx.choice import Totals
 from geofx.environment import environment
-from geofx.errors import ArtifactCorruptError
 from geofx.folder import write_file
 from geofx.plan import Plan
+from geofx.record_file import read_record
 from geofx.verify import Fidelity
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -108,14 +108,7 @@ class Frontier:
         Raises:
             ArtifactCorruptError: not a frontier; names the field.
         """
-        text = data if isinstance(data, str | bytes) else json.dumps(data)
-        try:
-            return _ADAPTER.validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            what = f"not a frontier: {place}: {first['msg']}"
-            raise ArtifactCorruptError(what, fix="make it anew") from error
+        return read_record(_ADAPTER, data, "a frontier", fix="make it anew")
 
     def save(self, path: str | Path) -> None:
         """Write the JSON text to ``path``."""

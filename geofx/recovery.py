@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Recovery:
         Raises:
             NumericsError: the loss is no longer finite.
         """
-        with self._unfolded():
+        with _unfolded(self.student, self.whole):
             trained = self._trained()
             if not trained:
                 raise ConfigError("there is nothing to train", where="recover", fix="rewrite something first")
@@ -90,7 +91,7 @@ class Recovery:
         order = self._order(len(batches))
         while run.step < training.steps:
             start = run.step * training.accumulate
-            loss = self._step(trained, [batches[order(start + k)] for k in range(training.accumulate)])
+            loss = self._step([batches[order(start + k)] for k in range(training.accumulate)])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -105,7 +106,7 @@ class Recovery:
                 part.copy_(best[name])
         return run
 
-    def _step(self, trained: Mapping[str, nn.Parameter], batches: list[Batch]) -> float:
+    def _step(self, batches: list[Batch]) -> float:
         total = 0.0
         for batch in batches:
             loss = self._loss(batch) / len(batches)
@@ -164,9 +165,6 @@ class Recovery:
                 found[plain] = part
         return found
 
-    def _unfolded(self) -> _Unfolded:
-        return _Unfolded(self.student, self.whole)
-
     def _order(self, count: int) -> Callable[[int], int]:
         """The k-th batch: every batch once per pass, each pass in an order of its own."""
 
@@ -212,20 +210,18 @@ class _Projected(nn.Module):
         return self.whole
 
 
-class _Unfolded:
-    """Layers that keep a weight whole while they are trained, for as long as the context lasts."""
-
-    def __init__(self, student: nn.Module, whole: Mapping[str, Tensor]) -> None:
-        self.layers = list(_unfolding(student, whole))
-
-    def __enter__(self) -> None:
-        for layer, form, attribute, weight in self.layers:
-            dense = weight.t() if layer.transposed else weight
-            part = _Projected(form, layer.factors, dense.to(getattr(layer, attribute)))
-            parametrize.register_parametrization(layer, attribute, part, unsafe=True)
-
-    def __exit__(self, *_: object) -> None:
-        for layer, _form, attribute, _weight in self.layers:
+@contextmanager
+def _unfolded(student: nn.Module, whole: Mapping[str, Tensor]) -> Iterator[None]:
+    """Layers of formats that train a weight whole do so for as long as the context lasts."""
+    layers = list(_unfolding(student, whole))
+    for layer, form, attribute, weight in layers:
+        dense = weight.t() if layer.transposed else weight
+        part = _Projected(form, layer.factors, dense.to(getattr(layer, attribute)))
+        parametrize.register_parametrization(layer, attribute, part, unsafe=True)
+    try:
+        yield
+    finally:
+        for layer, _, attribute, _ in layers:
             parametrize.remove_parametrizations(layer, attribute, leave_parametrized=True)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from geofx.environment import environment
 from geofx.errors import ArtifactCorruptError
+from geofx.record_file import read_record
 
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -171,14 +172,7 @@ class Report:
         text = data if isinstance(data, str | bytes) else json.dumps(data)
         if len(text) > MAX_JSON_BYTES:
             raise ArtifactCorruptError(f"a report of {len(text)} bytes", where=where, fix="make it anew")
-        try:
-            return TypeAdapter(cls).validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ArtifactCorruptError(
-                f"not a report: {place}: {first['msg']}", where=where, fix="make it anew"
-            ) from error
+        return read_record(TypeAdapter(cls), text, "a report", where=where, fix="make it anew")
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+FUNCTIONS = """
+import torch
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.ReLU(), torch.nn.Linear(32, 20))
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 24, generator=generator) for _ in range(4)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a module of functions that commands are told by name."""
+    (tmp_path / "geofx_compared_functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "geofx_compared_functions", raising=False)
+    return tmp_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,8 @@ import pytest
 from geofx.cli import main
 from geofx.comparison import Comparison
 
-FUNCTIONS = """
-import torch
-def model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.ReLU(), torch.nn.Linear(32, 20))
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(64, 24, generator=generator) for _ in range(4)]
-"""
+pytestmark = pytest.mark.usefixtures("folder")
+
 MODEL = "geofx_compared_functions:model"
 ARGUMENTS = [
     "compare",
@@ -31,14 +23,6 @@ ARGUMENTS = [
     "--rounds",
     "1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "geofx_compared_functions.py").write_text(FUNCTIONS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "geofx_compared_functions", raising=False)
-    return tmp_path
 
 
 def test_table_json_and_chart_are_of_one_comparison(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

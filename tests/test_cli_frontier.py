@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from test_cli_compare import FUNCTIONS, MODEL
+from test_cli_compare import MODEL
 
 from geofx.cli import main
 from geofx.frontier import Frontier
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 ARGUMENTS = ["frontier", MODEL, "--data", "geofx_compared_functions:batches"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "geofx_compared_functions.py").write_text(FUNCTIONS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "geofx_compared_functions", raising=False)
-    return tmp_path
 
 
 def test_one_analysis_gives_table_json_and_chart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
