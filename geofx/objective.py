@@ -128,13 +128,13 @@ class Custom:
             )
         if value.dim() > 0:
             return value.sum(), float(value.numel())
-        terms = _tokens(batch)
+        terms = token_count(batch)
         return value * terms, terms
 
     def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
         """Both sums."""
         before, after = self.function(original, batch), self.function(optimized, batch)
-        terms = float(before.numel()) if before.dim() else _tokens(batch)
+        terms = float(before.numel()) if before.dim() else token_count(batch)
         scale = terms if before.dim() == 0 else 1.0
         return float(before.sum()) * scale, float(after.sum()) * scale, terms
 
@@ -216,7 +216,8 @@ def _rows(output: Any) -> int:
     return max(1, *(value.shape[0] for value in flat_tensors(output) if value.dim()))
 
 
-def _tokens(batch: Batch) -> float:
+def token_count(batch: Batch) -> float:
+    """Tokens that are not padding, or rows where there are none."""
     mask = token_mask(batch)
     if mask is not None:
         return float(mask.sum())

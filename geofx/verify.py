@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from geofx.batches import Batch, inputs_of
 from geofx.errors import NumericsError
-from geofx.objective import NextToken, Objective, SquaredError, logits_of, next_token_pairs, valid_outputs
+from geofx.objective import (
+    NextToken,
+    Objective,
+    SquaredError,
+    logits_of,
+    next_token_pairs,
+    token_count,
+    valid_outputs,
+)
 from geofx.program import Program, flat_tensors
 from geofx.progress import Progress, log_progress
 
@@ -34,7 +42,7 @@ class Fidelity:
         relative_l2: ‖Δy‖ / ‖y‖ over all outputs.
         sqnr_db: -20 log10 of it.
         parameter_mae: mean |v - v̂| over all parameters (Definition 5 of the taxonomy).
-        tokens: number of loss terms measured on.
+        tokens: number of loss terms measured on; of tokens, or rows, where the loss is no sum of such terms.
         unit: of the losses.
         data: what was measured on.
     """
@@ -65,6 +73,7 @@ class _Sums:
     divergence: float = 0.0
     agreeing: float = 0.0
     predictions: int = 0
+    tokens: float = 0.0
     error: float = 0.0
     power: float = 0.0
 
@@ -128,6 +137,7 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
         sums.optimized + optimized,
         sums.terms + terms,
     )
+    sums.tokens += token_count(batch)
     if isinstance(objective, NextToken):
         _compare_tokens(sums, logits_of(before), logits_of(after), batch, objective.ids)
 
@@ -155,6 +165,6 @@ def _fidelity(sums: _Sums, objective: Objective, parameter_mae: float) -> Fideli
         relative_l2=relative,
         sqnr_db=-20.0 * math.log10(relative) if relative > 0.0 else math.inf,
         parameter_mae=parameter_mae,
-        tokens=tokens or round(sums.terms) if not difference_only else 0,
+        tokens=round(sums.tokens if difference_only else tokens or sums.terms),
         unit=objective.unit,
     )
