@@ -14,6 +14,9 @@ from torch import Tensor
 from geofx.errors import NumericsError
 from geofx.linalg import eigh_psd
 
+RESOLVED = torch.finfo(torch.float64).eps ** 0.5
+"""Share of the largest scale below which squares are lost in the rounding of WᵀW."""
+
 
 @dataclass(frozen=True, eq=False)
 class Basis:
@@ -56,15 +59,16 @@ def principal_axes(weight: Tensor, dim: int) -> tuple[Basis, Tensor, Basis]:
     """(v_i), s_i, (w_i) with W v_i = s_i w_i (eq. 11): the ``dim`` axes of the input that W stretches most.
 
     The v_i are orthonormal and stay orthogonal under W, so that w_i = W v_i / s_i are orthonormal too, and
-    x ↦ Σ s_i ⟨x, v_i⟩ w_i is W, or its best approximation by ``dim`` axes.
+    x ↦ Σ s_i ⟨x, v_i⟩ w_i is W, or its best approximation by ``dim`` axes. In the dtype of ``weight``.
 
     Raises:
-        NumericsError: W maps one of the axes to zero.
+        NumericsError: W maps one of the axes to zero, or to less of its largest s than WᵀW can tell from it.
     """
-    _, vectors = eigh_psd(weight.T @ weight, "weight")
+    wide = weight.double()
+    _, vectors = eigh_psd(wide.T @ wide, "weight")
     axes = vectors[:, :dim]
-    images = weight @ axes
+    images = wide @ axes
     scales = images.norm(dim=0)
-    if not bool((scales > 0).all()):
+    if axes.shape[1] < dim or not bool((scales > RESOLVED * scales.max()).all()):
         raise NumericsError(f"the weight has fewer than {dim} axes", fix="take a smaller dim")
-    return Basis(axes), scales, Basis(images / scales)
+    return Basis(axes.to(weight)), scales.to(weight), Basis((images / scales).to(weight))

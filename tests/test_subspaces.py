@@ -49,6 +49,23 @@ def test_axes_project_and_expand() -> None:
     torch.testing.assert_close(whole[2].expand(whole[0].project(x) * whole[1]), x @ WEIGHT.T)
 
 
-def test_a_weight_without_so_many_axes_is_refused() -> None:
-    with pytest.raises(NumericsError, match="fewer than 3 axes"):
-        principal_axes(torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)), 3)
+@pytest.mark.parametrize(
+    ("weight", "dim"),
+    [
+        (torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)), 3),
+        (torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, 4.0)).double(), 2),
+        (WEIGHT, 7),
+        (torch.zeros(3, 3, dtype=torch.float64), 1),
+    ],
+    ids=["zero axis", "zero but for rounding", "more than inputs", "zeros"],
+)
+def test_a_weight_without_so_many_axes_is_refused(weight: torch.Tensor, dim: int) -> None:
+    with pytest.raises(NumericsError, match=f"fewer than {dim} axes"):
+        principal_axes(weight, dim)
+
+
+def test_axes_of_a_float32_weight_are_in_float32() -> None:
+    inputs, scales, outputs = principal_axes(WEIGHT.float(), 6)
+    assert {inputs.vectors.dtype, scales.dtype, outputs.vectors.dtype} == {torch.float32}
+    x = torch.randn(2, 6, generator=random)
+    torch.testing.assert_close(outputs.expand(inputs.project(x) * scales), x @ WEIGHT.float().T)
