@@ -11,12 +11,15 @@ from format_probe import curvature, outputs_of
 from test_factorizations import analysis_of, random_weight
 from torch import Tensor
 
-from geofx.errors import PlanError
+from geofx.errors import NumericsError, PlanError
+from geofx.factorizations import Butterfly, Factorization, Kronecker
 from geofx.factorizations.block_tensor_train import BlockTensorTrain
 from geofx.factorizations.blocks import _block_inverse
 from geofx.factorizations.contract import factored_loss
 from geofx.factorizations.monarch import Monarch
-from geofx.region_analysis import Metric
+from geofx.region import Region
+from geofx.region_analysis import Metric, RegionAnalysis
+from geofx.site import Site
 
 
 def permutation(order: Tensor) -> Tensor:
@@ -94,6 +97,27 @@ def test_a_singular_moment_costs_the_weighted_start_only() -> None:
     form = Monarch(1, 4)
     without = factored_loss(*form.fit(plain.weights, plain), weighted)
     assert factored_loss(*form.fit(weighted.weights, weighted), weighted) < without
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Monarch(1, 2),
+        BlockTensorTrain(1, (2, 8194), (2, 2)),
+        Kronecker(1, (2, 8194), (2, 2)),
+        Butterfly(2, 1),
+    ],
+    ids=lambda form: form.name,
+)
+def test_outputs_beyond_the_dense_solvers_are_refused_before_their_metric_is_written_out(
+    form: Factorization,
+) -> None:
+    """A vocabulary's G is a diagonal; as a matrix it would take gigabytes."""
+    weights = {"head": random(16388, 4).float()}
+    region = Region("head", "single", (Site("head", (16388, 4)),))
+    analysis = RegionAnalysis(region, weights, {"head": Metric(output=torch.ones(16388))})
+    with pytest.raises(NumericsError, match="16388 x 16388 is beyond"):
+        form.fit(weights, analysis)
 
 
 def test_it_is_the_square_grid_of_block_tensor_train() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geofx.errors import PlanError
+from geofx.errors import NumericsError, PlanError
 from geofx.factorizations.contract import Factors, stored
 from geofx.factorizations.refine import Dense, Operator, Preconditioner, refine
-from geofx.linalg import leading_axes, require_finite, working_dtype
+from geofx.linalg import FULL_DECOMPOSITION_LIMIT, leading_axes, require_finite, working_dtype
 from geofx.region import Region
 from geofx.region_analysis import RegionAnalysis
 
@@ -70,7 +70,16 @@ def _root(moment: Tensor | None) -> Tensor | None:
 
 
 def whole(moment: Tensor | None, size: int) -> Tensor:
-    """A moment as a matrix (size, size) of float64, where it was given by its diagonal or as the identity."""
+    """A moment as a matrix (size, size) of float64, where it was given by its diagonal or as the identity.
+
+    Raises:
+        NumericsError: the matrix would be beyond the dense solvers, as that of a vocabulary's outputs.
+    """
+    if size > FULL_DECOMPOSITION_LIMIT:
+        raise NumericsError(
+            f"a metric of {size} x {size} is beyond the limit of {FULL_DECOMPOSITION_LIMIT}",
+            fix="take low_rank, or a format over folds, for this weight",
+        )
     if moment is None:
         return torch.eye(size, dtype=torch.float64)
     return (moment.diag() if moment.dim() == 1 else moment).double()
