@@ -113,7 +113,9 @@ def test_the_metric_is_used() -> None:
     assert losses[1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("form", [CP(0, (6, 4), (20,)), CP(25, (6, 4), (20,)), CP(3, (5, 4), (20,))])
+@pytest.mark.parametrize(
+    "form", [CP(0, (6, 4), (20,)), CP(25, (6, 4), (20,)), CP(3, (5, 4), (20,)), CP(3, (-6, -4), (20,))]
+)
 def test_settings_that_do_not_fit_are_refused(form: CP) -> None:
     with pytest.raises(PlanError):
         form.factor_shapes(analysis_of(random(24, 20)).region)

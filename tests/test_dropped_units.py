@@ -161,7 +161,8 @@ def test_units_compete_with_single_matrices_in_one_plan() -> None:
     ("settings", "message"),
     [
         ({"units": 41}, "outside 1"),
-        ({"units": 3, "kept": "//8="}, "are kept"),
+        ({"units": 3, "kept": "//8="}, "16 units named are not 3 of 40"),
+        ({"units": 1, "kept": "AAAAAAAB"}, "1 units named are not 1 of 40"),
         ({"units": 3, "kept": "?"}, "base64"),
     ],
 )

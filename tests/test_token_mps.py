@@ -134,6 +134,8 @@ def test_what_does_not_fit_is_refused() -> None:
         (TokenMPS(24, 0), region_of(9, 24)),
         (form, region_of(9, 25)),
         (TokenMPS(24, 2, added=(9,)), region_of(9, 24)),
+        (TokenMPS(24, 2, added=(-3,)), region_of(9, 24)),
+        (TokenMPS(24, 2, added=(0,)), region_of(9, 24)),
     ):
         with pytest.raises(PlanError, match="rank"):
             wrong.factor_shapes(region)

@@ -72,9 +72,9 @@ class DroppedUnits:
         And ``index`` (units,), int32, where a site before has a bias, which is selected as it is used.
         """
         require_rank(self.units, _total(region), region)
-        if self.kept and len(self.indices) != self.units:
+        if self.kept and (len(self.indices) != self.units or int(self.indices[-1]) >= _total(region)):
             raise PlanError(
-                f"{len(self.indices)} units are named, {self.units} are kept",
+                f"the {len(self.indices)} units named are not {self.units} of {_total(region)}",
                 where=region.name,
                 fix="plan again",
             )

@@ -58,7 +58,8 @@ def padded_fold(size: int, parts: int) -> tuple[int, ...]:
 def require_folds(rows: tuple[int, ...], columns: tuple[int, ...], region: Region, padding: int = 0) -> None:
     """Raises PlanError unless the folds multiply out to the shape of each site, but for padded rows."""
     out, across = region.rows[0], region.shape[1]
-    if math.prod(rows) - padding == out and math.prod(columns) == across and padding >= 0:
+    folds = math.prod(rows) - padding == out and math.prod(columns) == across
+    if folds and padding >= 0 and min((*rows, *columns), default=1) >= 1:
         return
     raise PlanError(
         f"rows {rows} and columns {columns} do not fold a weight of {out} x {across}",

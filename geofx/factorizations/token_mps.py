@@ -76,8 +76,9 @@ class TokenMPS:
         """``cores`` (out, numbers), a row's cores one after the other; one more each time tokens came."""
         rows, columns = region.shape
         first, limit = rows - sum(self.added), 2 ** ((columns - 1).bit_length() // 2)
-        if columns != self.columns or columns < 3 or first < 1 or not 1 <= self.rank <= limit:
-            what = f"rows of {self.columns} and rank {self.rank}, {sum(self.added)} of them added"
+        grows = min((first, *self.added)) >= 1
+        if columns != self.columns or columns < 3 or not grows or not 1 <= self.rank <= limit:
+            what = f"rows of {self.columns} and rank {self.rank}, {self.added} of them added"
             where = f"{region.name}, shape {region.shape}"
             raise PlanError(what, where=where, fix=f"use its columns and a rank of 1..{limit}")
         return {_cores(part): (size, self.numbers) for part, size in enumerate((first, *self.added))}
