@@ -117,8 +117,13 @@ def _example(kind: RegionKind, shape: tuple[int, int]) -> RegionAnalysis:
     heads = HEADS if shape[0] % HEADS == 0 else 0
     names = ["weight"] if kind in OWN else ["first.weight", "second.weight"]
     site_kind = kind if kind in ("embedding", "tied_embedding") else "linear"
-    sites = tuple(Site(name, shape, kind=site_kind, heads=heads) for name in names)
-    weights = {name: torch.randn(shape, generator=random) for name in names}
-    outputs = torch.ones(shape[0], dtype=torch.float64)
-    metric = Metric(torch.eye(shape[1], dtype=torch.float64), outputs)
-    return RegionAnalysis(Region("example", kind, sites), weights, dict.fromkeys(names, metric))
+    shapes = dict.fromkeys(names, shape)
+    if kind == "gated_mlp":
+        shapes[names[-1]] = shape[::-1]
+    sites = tuple(Site(name, sides, kind=site_kind, heads=heads) for name, sides in shapes.items())
+    weights = {name: torch.randn(sides, generator=random) for name, sides in shapes.items()}
+    metrics = {
+        name: Metric(torch.eye(columns, dtype=torch.float64), torch.ones(rows, dtype=torch.float64))
+        for name, (rows, columns) in shapes.items()
+    }
+    return RegionAnalysis(Region("example", kind, sites), weights, metrics)

@@ -80,6 +80,12 @@ def test_the_example_is_the_setting_nearest_to_half_the_numbers(table: dict[str,
     assert table["dense"].numbers == table["linear"].numbers == 48 * 48
 
 
+def test_the_units_of_an_mlp_are_the_outputs_of_its_first_map() -> None:
+    (row,) = (row for row in taxonomy((96, 48)) if row.name == "dropped_units")
+    assert row.form.which == "hidden 48 of 96"
+    assert row.numbers == 2 * 48 * 48
+
+
 def form_of(name: str) -> GeometricForm:
     return CASES[name].large.geometry(random_analysis(CASES[name]).region)
 
