@@ -142,7 +142,7 @@ class GaugeFixed:
 
 def _mix(left: Tensor, rows: list[int]) -> Tensor:
     """C with C left[rows] = left[others]; infinite where the chosen rows are singular."""
-    others = [row for row in range(left.shape[0]) if row not in set(rows)]
+    others = sorted(set(range(left.shape[0])) - set(rows))
     solution, info = torch.linalg.solve_ex(left[rows].T, left[others].T)
     return (
         solution.T if int(info) == 0 else torch.full((len(others), len(rows)), float("inf"), dtype=left.dtype)
