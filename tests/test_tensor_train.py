@@ -17,7 +17,7 @@ from geofx.errors import PlanError
 from geofx.factorizations.contract import factored_loss
 from geofx.factorizations.folded import padded_fold
 from geofx.factorizations.tensor_train import TensorTrain, tt_svd
-from geofx.region import Region
+from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric
 from geofx.site import Site
 from geofx.workload import measure
@@ -97,6 +97,20 @@ def test_a_vocabulary_is_padded_by_little(size: int) -> None:
     held = folds[0] * folds[1] * folds[2]
     assert size <= held <= max(8, 1.05 * size + 8)
     assert folds[0] <= 4 * folds[-1]
+
+
+@pytest.mark.parametrize("kind", ["single", "stack", "embedding"])
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24), (32, 64)])
+def test_no_candidate_has_a_rank_beyond_what_either_neighbour_can_use(
+    kind: RegionKind, shape: tuple[int, int]
+) -> None:
+    analysis = analysis_of(*(random(*shape, seed=site) for site in range(1 + (kind == "stack"))), kind=kind)
+    forms = list(TensorTrain.candidates(analysis.region, analysis))
+    assert forms
+    for form in forms:
+        sizes = form._sizes(2 if kind == "stack" else 0)
+        for size, left, right in zip(sizes, (1, *form.ranks), (*form.ranks, 1), strict=True):
+            assert max(left, right) <= size * min(left, right)
 
 
 def test_padding_is_paid_for_and_is_not_part_of_the_weight() -> None:

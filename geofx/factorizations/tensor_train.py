@@ -60,10 +60,12 @@ class TensorTrain:
             return sum(left * size * right for left, size, right in ends)
 
         def clip(ranks: tuple[int, ...]) -> tuple[int, ...]:
-            useful = [1]
-            for size, rank in zip(sizes, ranks, strict=False):
-                useful.append(min(rank, useful[-1] * size))
-            return tuple(useful[1:])
+            useful = [1, *ranks, 1]
+            for bond in bonds:
+                useful[bond] = min(useful[bond], useful[bond - 1] * sizes[bond - 1])
+            for bond in reversed(bonds):
+                useful[bond] = min(useful[bond], useful[bond + 1] * sizes[bond])
+            return tuple(useful[1:-1])
 
         dense = len(region.sites) * region.rows[0] * region.shape[1]
         for ranks in rank_path(limits, numbers, dense, clip):
