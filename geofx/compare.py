@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from geofx.api import analyze
 from geofx.compare_run import ROUNDS, compare_analysis
-from geofx.compare_subjects import Names, reads_directions
+from geofx.compare_subjects import Names, listed, reads_directions
 from geofx.comparison import Comparison, Engine
 from geofx.recipes import Recipe
 
@@ -43,6 +43,7 @@ def compare(
     Raises:
         CaptureError, CalibrationError, ConfigError: as their messages say.
     """
+    formats, recipes = listed(formats), listed(recipes)  # iterators are read twice below
     settings.setdefault("directions", reads_directions(formats, recipes))
     analysis = analyze(model, calibration, **settings)
     return compare_analysis(

@@ -26,7 +26,7 @@ from geofx.comparison import Comparison, Engine, Figures, Row, finite
 from geofx.compression import compression_ratio, parameter_count, parameter_mae
 from geofx.errors import BudgetInfeasibleError, ConfigError, PlanError
 from geofx.factorizations import Dense, Factored, Factorization
-from geofx.method import Allocation, disjoint
+from geofx.method import Allocation, Method, disjoint
 from geofx.moments import Moments
 from geofx.objective import Objective
 from geofx.options import Option
@@ -106,7 +106,7 @@ class _Run:
     keeps: tuple[float, ...]
     rounds: int
     engines: tuple[Engine, ...] = ("torch",)
-    _listed: dict[tuple[str, str], tuple[list[Factorization], str]] = field(default_factory=dict)
+    _listed: dict[tuple[Method, str], tuple[list[Factorization], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         moments, holdout = self.analysis.moments, self.analysis.holdout
@@ -194,7 +194,7 @@ class _Run:
             for item in self._candidates(subject, analysis, notes)
             if measure(item, analysis.region).weight_bytes <= allowed
         ]
-        if not fitting and not self._listed[subject.method.name, analysis.region.name][1]:
+        if not fitting and not self._listed[subject.method, analysis.region.name][1]:
             notes[f"no setting within {keep:.0%} of the weight"] += 1
         return fitting[-1] if fitting else None
 
@@ -262,12 +262,12 @@ class _Run:
         self, subject: Subject, analysis: RegionAnalysis, notes: Counter[str]
     ) -> list[Factorization]:
         """Settings that are smaller than the weight; none, and a note, where listing them fails."""
-        key = subject.method.name, analysis.region.name
+        key = subject.method, analysis.region.name
         if key not in self._listed:
             try:
                 self._listed[key] = _smaller(subject, analysis), ""
             except Exception as error:
-                logger.info("%s at %s", *key, exc_info=error)
+                logger.info("%s at %s", subject.method.name, analysis.region.name, exc_info=error)
                 self._listed[key] = [], reason(error)
         found, failed = self._listed[key]
         if failed:

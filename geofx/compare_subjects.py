@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from geofx import recipes
 from geofx.comparison import Role, Scope
+from geofx.errors import ConfigError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
 from geofx.method import Allocation, Form, Method, formats_named
 from geofx.recipes import EMBEDDINGS, Recipe
@@ -41,7 +42,7 @@ def subjects(
     """Formats first, by the kinds of region that the model has, then recipes.
 
     Raises:
-        ConfigError: a name is neither a format nor a recipe.
+        ConfigError: a name is neither a format nor a recipe, or is that of two recipes.
     """
     kinds = {analysis.region.kind for analysis in regions.values()}
     methods = [method for member in _formats(formats) for method in _methods(member, kinds)]
@@ -51,9 +52,10 @@ def subjects(
 
 def _formats(names: Names) -> list[type[Factorization]]:
     known = [member for member in FACTORIZATIONS if member is not Dense]
-    if names == "all":
+    wanted = listed(names)
+    if wanted == ["all"]:
         return known
-    return list(formats_named(() if names == "none" else names, known))
+    return list(formats_named(() if wanted == ["none"] else wanted, known))
 
 
 def _methods(member: type[Factorization], kinds: set[RegionKind]) -> Iterator[Method]:
@@ -71,22 +73,24 @@ def _methods(member: type[Factorization], kinds: set[RegionKind]) -> Iterator[Me
 
 
 def _recipes(chosen: Names | Iterable[Recipe]) -> tuple[Recipe, ...]:
-    if chosen == "all":
-        return recipes.all()
-    if chosen == "none":
-        return ()
-    return tuple(
-        found
-        for item in _listed(chosen)
-        for found in ((item,) if isinstance(item, Recipe) else recipes.named([item]))
-    )
+    wanted = listed(chosen)
+    if wanted in (["all"], ["none"]):
+        return recipes.all() if wanted == ["all"] else ()
+    found: dict[str, Recipe] = {}
+    for item in wanted:
+        (recipe,) = (item,) if isinstance(item, Recipe) else recipes.named([item])
+        if found.setdefault(recipe.name, recipe) != recipe:
+            raise ConfigError(f"two recipes are named {recipe.name!r}", fix="give each a name of its own")
+    return tuple(found.values())
 
 
 def reads_directions(formats: Names, chosen: Names | Iterable[Recipe]) -> bool:
     """Whether something among these has criteria over x / ‖x‖, which an analysis takes only when asked."""
-    named = [item if isinstance(item, str) else item.name for item in (*_listed(formats), *_listed(chosen))]
+    named = [getattr(item, "name", str(item)) for item in (*listed(formats), *listed(chosen))]
     return any(name == "all" or name.startswith(("activation_subspace", "espace")) for name in named)
 
 
-def _listed(names: Names | Iterable[Recipe]) -> list[Any]:
-    return [names] if isinstance(names, str) else list(names)
+def listed(names: Names | Iterable[Recipe]) -> list[Any]:
+    """The names, classes or recipes given; a single one stands for itself."""
+    several = isinstance(names, Iterable) and not isinstance(names, str | type)
+    return list(names) if several else [names]

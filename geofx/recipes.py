@@ -16,6 +16,7 @@ from geofx.region import TABLES, RegionKind
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 EMBEDDINGS: tuple[RegionKind, ...] = tuple(sorted(TABLES))
+ASVD_POWER = 0.5
 METRIC = "fitted in the metric of the loss, starting from the paper's projection, and not trained afterwards"
 
 
@@ -62,10 +63,10 @@ def drone() -> Recipe:
     )
 
 
-def asvd(power: float = 0.5) -> Recipe:
+def asvd(power: float = ASVD_POWER) -> Recipe:
     """SVD of W S with S = diag(rms x)^power, ranks by sensitivity."""
     return Recipe(
-        "asvd",
+        "asvd" if power == ASVD_POWER else f"asvd-{power:g}",
         (Form.of("low_rank", weighting="input_diagonal", power=power),),
         allocation="planned",
         paper=papers.ASVD,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,11 @@ def test_python_front_door_compares_and_draws(model: torch.nn.Module, tmp_path: 
     for suffix in (".svg", ".png"):
         draw_chart(made, tmp_path / f"chart{suffix}")
     assert "low_rank*" in (tmp_path / "chart.svg").read_text()
+    given = {"formats": iter([LowRank]), "recipes": (name for name in ["svd"])}
+    again = geofx.compare(model, BATCHES, [0.8, 0.5], **given, cache=tmp_path, rounds=1)  # type: ignore[arg-type]
+    assert again.rows == made.rows
+    one = geofx.compare(model, BATCHES, formats=LowRank, recipes="none", latency=(), cache=tmp_path)  # type: ignore[arg-type]
+    assert [row.name for row in one.rows] == ["low_rank"] * 2
     with pytest.raises(ConfigError, match="not a chart file"):
         draw_chart(made, tmp_path / "chart.txt")
 
@@ -340,6 +346,8 @@ def test_python_front_door_compares_and_draws(model: torch.nn.Module, tmp_path: 
         ({"recipes": "svd_lm"}, "no recipe 'svd_lm'"),
         ({"latency": "tensorrt"}, "no engine 'tensorrt'"),
         ({"formats": ["low_rang"]}, "the nearest are 'low_rank'"),
+        ({"formats": None}, "no format None"),
+        ({"recipes": [recipes.svd(), replace(recipes.fwsvd(), name="svd")]}, "two recipes are named 'svd'"),
         ({"recipes": ["svd_lm"]}, "the nearest are 'svd_llm'"),
         ({"latency": ["tensorrt"]}, "no engine 'tensorrt'"),
     ],
@@ -349,6 +357,26 @@ def test_wrong_settings_are_refused_before_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(analysis, tmp_path, **settings)
+
+
+def test_settings_of_one_recipe_are_recipes_apart(analysis: Analysis, tmp_path: Path) -> None:
+    chosen = [recipes.asvd(power) for power in (0.5, 3.0)]
+    both = run(analysis, tmp_path / "both", 0.6, formats="none", recipes=chosen)
+    assert [row.name for row in both.rows] == ["asvd", "asvd-3"]
+    for recipe, row in zip(chosen, both.rows, strict=True):
+        (alone,) = run(analysis, tmp_path / recipe.name, 0.6, formats="none", recipes=recipe).rows
+        assert row.figures
+        assert alone.figures
+        assert row.figures.predicted_loss == alone.figures.predicted_loss
+
+
+def test_methods_of_one_name_do_not_share_their_candidates(analysis: Analysis, tmp_path: Path) -> None:
+    """A format and a recipe may be namesakes."""
+    namesake = replace(recipes.svd(), name="low_rank")
+    rows = run(analysis, tmp_path, recipes=[namesake]).rows
+    (mine,) = (row for row in rows if row.role == "recipe")
+    (svd,) = run(analysis, tmp_path, formats="none", recipes=["svd"]).rows
+    assert mine.figures == svd.figures
 
 
 def test_every_format_has_a_subject_for_each_kind_of_region(decoder: Analysis) -> None:
