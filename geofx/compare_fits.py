@@ -10,14 +10,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
-from geofx import region_analysis
+from geofx import linalg, region_analysis
 from geofx.cache import Cache, digest
 from geofx.errors import GeofxError
-from geofx.factorizations import Factored, Factorization, Factors, contract, from_json, refine, to_json
+from geofx.factorizations import (
+    FACTORIZATIONS,
+    Factored,
+    Factorization,
+    Factors,
+    blocks,
+    contract,
+    folded,
+    folds,
+    from_json,
+    refine,
+    to_json,
+)
 from geofx.factorizations.contract import factored_loss
 from geofx.region_analysis import RegionAnalysis
 
 logger = logging.getLogger(__name__)
+
+SHARED = (contract, refine, blocks, folded, folds, region_analysis, linalg)
+"""Modules that the fits of several formats run through."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +76,18 @@ class Fits:
     def factored(self, fit: Fit, analysis: RegionAnalysis) -> Factored:
         """The factors of ``fit``, fitted again where they were dropped or damaged."""
         known = self.cache.read_tensors(fit.key)
-        factors = self._fit(fit.key, fit.asked, analysis) if known is None else known
+        form, factors = self._fit(fit.key, fit.asked, analysis) if known is None else (fit.form, known)
         device = next(iter(analysis.weights.values())).device
         here = {name: part.to(device).contiguous() for name, part in factors.items()}
-        return Factored(fit.form, here, analysis.region.weights)
+        return Factored(form, here, analysis.region.weights)
 
     def drop(self) -> None:
         """Forget the factors of all fits since the last call; their losses stay."""
         self.cache.drop_tensors(self._used)
         self._used.clear()
 
-    def _fit(self, key: str, form: Factorization, analysis: RegionAnalysis) -> Factors:
+    def _fit(self, key: str, form: Factorization, analysis: RegionAnalysis) -> tuple[Factorization, Factors]:
+        """The form as fitted, and its factors; none where it cannot be."""
         start = time.perf_counter()
         try:
             fitted, factors = form.fit(analysis.weights, analysis)
@@ -83,9 +99,9 @@ class Fits:
             logger.info("%s at %s: %s", form, analysis.region.name, error)
             seconds = time.perf_counter() - start
             self.cache.write(key, _entry(form, 0.0, seconds, reason(error)))
-            return {}
+            return form, {}
         self.cache.write(key, _entry(fitted, loss, seconds, ""), factors)
-        return factors
+        return fitted, factors
 
 
 def reason(error: Exception) -> str:
@@ -96,9 +112,12 @@ def reason(error: Exception) -> str:
 
 @cache
 def code_of(*formats: type[Factorization]) -> str:
-    """Hash of the code that fits ``formats``: an entry of other code is not used."""
-    modules = [sys.modules[member.__module__] for member in formats]
-    return digest([inspect.getsource(module) for module in (*modules, contract, refine, region_analysis)])
+    """Hash of the code that fits ``formats`` and their parts: an entry of other code is not used."""
+    own = [sys.modules[member.__module__] for member in formats]
+    parts = [value for module in own for value in vars(module).values() if value in FACTORIZATIONS]
+    names = sorted({member.__module__ for member in (*formats, *parts)})
+    modules = (*(sys.modules[name] for name in names), *SHARED)
+    return digest([inspect.getsource(module) for module in modules])
 
 
 def _entry(form: Factorization, loss: float, seconds: float, error: str) -> dict[str, object]:

@@ -157,28 +157,30 @@ class _Run:
         with self.cache.claimed(key):
             found = _read(Row, self.cache.read(key))
             if found is None or (found.figures and not set(self.engines) <= found.figures.latency.keys()):
-                found = self._made(subject, empty)
-                self.cache.write(key, finite(asdict(found)))
+                found = self._kept(key, subject, empty)
         return found
 
-    def _made(self, subject: Subject, empty: Row) -> Row:
-        """The row filled in; what goes wrong is its note."""
+    def _kept(self, key: str, subject: Subject, empty: Row) -> Row:
+        """The row filled in; what goes wrong is its note, and is tried anew another time."""
         notes: Counter[str] = Counter()
         try:
-            if not subject.method.regions(self.analysis.regions):
-                kinds = " or ".join(subject.method.kinds)
-                return replace(empty, notes=(f"the model has no {kinds} region that it rewrites",))
-            fits = (self._uniform if empty.allocation == "uniform" else self._planned)(
-                subject, empty.keep, notes
-            )
-            if not fits:
-                return replace(empty, notes=_counted(notes) or ("it rewrites nothing at this share",))
-            return self._measured(empty, fits, notes)
+            made = self._made(subject, empty, notes)
         except MemoryError:
             raise
         except Exception as error:
             logger.info("%s, %s, keep %s", empty.name, empty.allocation, empty.keep, exc_info=error)
             return replace(empty, notes=(*_counted(notes), reason(error)))
+        self.cache.write(key, finite(asdict(made)))
+        return made
+
+    def _made(self, subject: Subject, empty: Row, notes: Counter[str]) -> Row:
+        if not subject.method.regions(self.analysis.regions):
+            kinds = " or ".join(subject.method.kinds)
+            return replace(empty, notes=(f"the model has no {kinds} region that it rewrites",))
+        fits = (self._uniform if empty.allocation == "uniform" else self._planned)(subject, empty.keep, notes)
+        if not fits:
+            return replace(empty, notes=_counted(notes) or ("it rewrites nothing at this share",))
+        return self._measured(empty, fits, notes)
 
     def _uniform(self, subject: Subject, keep: float, notes: Counter[str]) -> list[Fit]:
         """The largest setting within the share, region by region; what has none stays dense."""

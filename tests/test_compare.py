@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from geofx.compare_subjects import reads_directions, subjects
 from geofx.comparison import Comparison, Figures, Row
 from geofx.comparison_figures import draw_chart
 from geofx.errors import ArtifactError, ConfigError
-from geofx.factorizations import GaugeFixed, LowRank
+from geofx.factorizations import GaugeFixed, Hybrid, LowRank, Monarch, TensorTrain
 from geofx.method import Form, Method
 from geofx.region_analysis import RegionAnalysis
 
@@ -188,6 +189,58 @@ def test_damaged_entries_are_computed_again(
     assert len(fits) >= 3
     assert [row.kept for row in again.rows] == [row.kept for row in first.rows]
     assert figures_of(again, "low_rank").loss_increase == figures_of(first, "low_rank").loss_increase
+
+
+def test_what_goes_wrong_on_the_way_is_tried_anew(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(analysis, "lower", full)
+        assert row_of(run(analysis, tmp_path), "low_rank").notes == ("OSError: no space left",)
+    again = row_of(run(analysis, tmp_path), "low_rank")
+    assert again.figures
+    assert again.notes == ()
+
+
+@pytest.mark.parametrize(
+    "module", ["geofx.factorizations.blocks", "geofx.factorizations.folded", "geofx.linalg"]
+)
+def test_a_change_of_code_that_formats_share_is_another_fit(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, source = compare_fits.code_of.__wrapped__(Monarch), inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda it: source(it) + "\n" * (it.__name__ == module))
+    assert compare_fits.code_of.__wrapped__(Monarch) != before
+
+
+def test_a_change_of_a_part_is_another_fit_of_the_sum_and_of_no_other_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formats = Hybrid, TensorTrain, Monarch
+    before, source = [compare_fits.code_of.__wrapped__(form) for form in formats], inspect.getsource
+    part = TensorTrain.__module__
+    monkeypatch.setattr(inspect, "getsource", lambda it: source(it) + "\n" * (it.__name__ == part))
+    after = [compare_fits.code_of.__wrapped__(form) for form in formats]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, False, True]
+
+
+def test_factors_fitted_again_come_with_the_form_that_they_were_fitted_in(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that are nearly as good may change places with the number of threads."""
+    region = next(item for item in analysis.regions.values() if item.region.kind == "single")
+    fits = compare_fits.Fits(Cache(tmp_path), "a model")
+    first = fits.get(GaugeFixed(4), region)
+    fits.drop()
+    monkeypatch.setattr("geofx.factorizations.gauge_fixed.WINDOWS", 2)
+    found = fits.factored(first, region)
+    fitted, factors = GaugeFixed(4).fit(region.weights, region)
+    assert fitted != first.form
+    assert found.factorization == fitted
+    assert all(torch.equal(found.factors[name], factors[name]) for name in factors)
 
 
 def test_factors_that_are_damaged_or_gone_are_fitted_again(tmp_path: Path) -> None:
