@@ -114,11 +114,14 @@ class _Run:
         seen = [item for table in tables for _, item in sorted(table.items()) if isinstance(item, Tensor)]
         self.base = digest(self.analysis.model_hash, moments.mode, moments.loss_terms, *seen)
         self.fits = Fits(self.cache, self.base)
-        self.measured_on = digest(*(value for batch in holdout for _, value in sorted(batch.items())))
         self.prices = Prices.of(self.analysis.original, self.analysis.program, self.analysis.regions)
         self.stopwatch = Stopwatch(self.analysis.original, self.cache.folder, self.rounds)
         self.reference = Reference(self.analysis.original)
         self.before = parameter_count(ParameterSpace.of(self.analysis.original))
+        self.original, self.tokens = self._original()
+        # a function has no hash, so its value tells losses apart; rounded, as threads change the last digits
+        loss = self.analysis.objective.unit, f"{self.original.loss or 0.0:.5g}"
+        self.measured_on = digest(loss, *(value for batch in holdout for _, value in sorted(batch.items())))
 
     def comparison(self, entrants: Sequence[Subject], name: str) -> Comparison:
         progress, rows = self.analysis.progress, list[Row]()
@@ -132,12 +135,11 @@ class _Run:
                     progress("compare", len(rows), total)
             self.fits.drop()
         moments = self.analysis.moments
-        original, tokens = self._original()
         return Comparison(
             model=name,
-            original=original,
+            original=self.original,
             unit=moments.unit,
-            tokens=tokens,
+            tokens=self.tokens,
             calibration_tokens=max(moments.tokens.values(), default=0),
             rows=tuple(rows),
             methods={subject.method.name: finite(subject.method.to_json()) for subject in entrants},

@@ -25,6 +25,7 @@ from geofx.comparison_figures import draw_chart
 from geofx.errors import ArtifactError, ConfigError
 from geofx.factorizations import GaugeFixed, Hybrid, LowRank, Monarch, TensorTrain
 from geofx.method import Form, Method
+from geofx.program import flat_tensors
 from geofx.region_analysis import RegionAnalysis
 
 BATCHES = [tiny_models.example("mlp", 64, seed=seed) for seed in range(4)]
@@ -268,6 +269,19 @@ def test_other_data_or_other_weights_share_nothing(
     fits.clear()
     run(geofx.analyze(tiny_models.build("mlp"), [tiny_models.example("mlp", 64, seed=9)] * 3), tmp_path)
     assert len(fits) >= 3
+
+
+def test_another_loss_shares_no_measurement(model: torch.nn.Module, tmp_path: Path) -> None:
+    """In forward mode the moments are the same under any loss; what is measured is not."""
+
+    def analysed(power: float) -> Analysis:
+        loss = lambda output, batch: flat_tensors(output)[0].abs().pow(power).mean()  # noqa: E731
+        return geofx.analyze(model, BATCHES, mode="forward", loss=loss)
+
+    first, second = (run(analysed(power), tmp_path / "both") for power in (1.0, 2.0))
+    alone = run(analysed(2.0), tmp_path / "alone")
+    assert figures_of(first, "low_rank").loss != figures_of(second, "low_rank").loss
+    assert figures_of(second, "low_rank").loss == figures_of(alone, "low_rank").loss
 
 
 def test_a_saved_analysis_finds_what_was_done(
