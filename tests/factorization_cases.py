@@ -289,7 +289,7 @@ CASES["low_rank_plus_sparse"] = Case(
 )
 
 
-def _blocks(heads: int, dim: int, whole: int) -> Tensor:
+def _head_blocks(heads: int, dim: int, whole: int) -> Tensor:
     """(heads · dim, whole): two blocks of ranks (2, 2, 4), orthogonal to each other in every mode."""
     first, second, third = (torch.linalg.qr(random(size, size))[0] for size in (heads, dim, whole))
     cores = [torch.linalg.qr(random(4, 4, seed=seed))[0].reshape(2, 2, 4) for seed in (1, 2)]
@@ -305,7 +305,7 @@ def _blocks(heads: int, dim: int, whole: int) -> Tensor:
 CASES["block_term"] = Case(
     f.BlockTerm(4, 1, (2, 2, 4)),
     f.BlockTerm(4, 2, (2, 2, 4)),
-    (_blocks(4, 6, 20),),
+    (_head_blocks(4, 6, 20),),
     1e-6,
     flops=2 * 2 * (20 * 4 + 4 * 4 + 2 * 2 * 6 + 4 * 2 * 6),
     subspaces=8,
@@ -313,7 +313,7 @@ CASES["block_term"] = Case(
 CASES["block_term-inputs"] = Case(
     f.BlockTerm(-4, 1, (2, 2, 4)),
     f.BlockTerm(-4, 2, (2, 2, 4)),
-    (_blocks(4, 5, 24).T.contiguous(),),
+    (_head_blocks(4, 5, 24).T.contiguous(),),
     1e-6,
     flops=2 * 2 * (24 * 4 + 4 * 4 + 2 * 2 * 5 + 4 * 2 * 5),
     subspaces=8,

@@ -13,12 +13,12 @@ from factorization_cases import CASES, Case
 from torch import Tensor
 
 from geofx.errors import NumericsError, PlanError
-from geofx.factorizations import FACTORIZATIONS, Dense, GaugeFixed, LowRank, from_json, to_json
+from geofx.factorizations import FACTORIZATIONS, BlockTerm, Dense, GaugeFixed, LowRank, from_json, to_json
 from geofx.factorizations.contract import Lookup, factored_loss, widened
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis
 from geofx.site import Site
-from geofx.workload import PROBE_TOKENS, measure
+from geofx.workload import measure
 
 SHAPE = (24, 20)
 
@@ -65,7 +65,12 @@ def random_analysis(
     if case.kind == "gated_mlp":
         shapes[-1] = shape[::-1]
     weights = [random_weight(dtype, each, 7 + site) for site, each in enumerate(shapes)]
-    return analysis_of(*weights, metric=metric, kind=case.kind)
+    analysis = analysis_of(*weights, metric=metric, kind=case.kind)
+    heads = case.large.heads if isinstance(case.large, BlockTerm) else 0
+    if not heads or shape[heads < 0] % heads:
+        return analysis
+    (site,) = analysis.region.sites
+    return replace(analysis, region=replace(analysis.region, sites=(replace(site, heads=heads),)))
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -115,13 +120,12 @@ def test_shapes_and_flops_are_as_declared(case: Case) -> None:
     assert {name: tuple(part.shape) for name, part in factors.items()} == fitted.factor_shapes(
         analysis.region
     )
-    work = measure(case.large, analysis.region)
-    assert work == measure(fitted, analysis.region) or fitted != case.large
+    work, after = (measure(form, analysis.region) for form in (case.large, fitted))
+    assert (work.flops, work.weight_bytes) == (after.flops, after.weight_bytes)
     assert work.weight_bytes == sum(part.numel() * part.element_size() for part in factors.values())
     stored = sum(part.numel() for part in factors.values() if part.is_floating_point())
     assert work.flops == (2 * stored if case.flops is None else case.flops)
     assert work.activation_bytes >= min(SHAPE) * 4
-    assert PROBE_TOKENS > 1
 
 
 def test_predicted_loss_is_the_measured_form_and_falls_with_size(case: Case) -> None:
@@ -179,6 +183,7 @@ def test_candidates_are_in_order_of_size(case: Case, shape: tuple[int, int]) -> 
         measure(item, analysis.region).weight_bytes
         for item in type(case.large).candidates(analysis.region, analysis)
     ]
+    assert sizes or shape != SHAPE
     assert all(first < second for first, second in pairwise(sizes))
 
 
