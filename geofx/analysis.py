@@ -69,6 +69,8 @@ class Analysis:
         holdout: batches to verify on.
         module: the user's model, or None.
         holdout_is_calibration: there was one batch only, so what is measured on it is too good.
+        validation: batches that choices are made on, neither calibrated nor verified on; `geofx.effort`.
+        loss_ratio: measured over predicted increase of the loss, as `probe` found it.
     """
 
     original: Program
@@ -83,6 +85,8 @@ class Analysis:
     progress: Progress = log_progress
     files: Mapping[str, bytes] = field(default_factory=dict)
     holdout_is_calibration: bool = False
+    validation: list[Batch] = field(default_factory=list)
+    loss_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         self.model_hash = hash_tensors(self.original.tensors())
@@ -137,7 +141,7 @@ class Analysis:
         ]
         failed = [Skip(name, "FIT_FAILED", f"{kind}: {why}") for (name, kind), why in barred.items()]
         kept = [
-            option
+            option if self.loss_ratio == 1.0 else replace(option, loss=option.loss * self.loss_ratio)
             for option in options
             if option.is_dense
             or (
@@ -191,6 +195,8 @@ class Analysis:
             example=dict(self.original.example),
             holdout=self.holdout,
             holdout_is_calibration=self.holdout_is_calibration,
+            validation=self.validation,
+            loss_ratio=self.loss_ratio,
             objective=self.objective,
         )
         return save_analysis(stored, path, overwrite=overwrite)
@@ -212,6 +218,25 @@ class Analysis:
                     failures[choice.region] = error
                 self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
+
+    def probe(self, plan: Plan, rewrites: Rewrites) -> Plan:
+        """``plan`` with its losses scaled to what it loses on `validation`, as all plans are from here on.
+
+        tr(G ΔW A ΔWᵀ) leaves out how tokens and layers hang together, and what moments of few tokens do not
+        show: one constant per model, which varies little with the size. Where the loss does not rise, it
+        stays as it is.
+        """
+        if not self.validation or not plan.loss:
+            return plan
+        program = self.lower(plan, rewrites)
+        with self.stages("probe"):
+            found = verify(self.original, program, self.validation, self.objective, progress=self.progress)
+        if found.loss_increase <= 0.0:
+            return plan
+        change = found.loss_increase / plan.loss
+        self.loss_ratio *= change
+        choices = [replace(item, loss=item.loss and item.loss * change) for item in plan.choices]
+        return replace(plan, choices=tuple(choices), loss=found.loss_increase)
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
         """The graph with the factors of a fitted plan in it.
@@ -252,7 +277,7 @@ class Analysis:
             factored, loss = rewrites.get(choice.region), choice.loss
             if loss is None or plan.solver.status == EDITED:
                 analysis = self.regions[choice.region]
-                loss = choice.factorization.predicted_loss(analysis.region, analysis)
+                loss = self.loss_ratio * choice.factorization.predicted_loss(analysis.region, analysis)
             fitted = choice.factorization if factored is None else factored.factorization
             choices.append(replace(choice, factorization=fitted, loss=loss))
         return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class _Meta:
     loss_terms: int
     dropped: dict[str, int]
     holdout_is_calibration: bool
+    loss_ratio: float
     constants: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
     files: dict[str, dict[str, str]]
@@ -69,6 +70,8 @@ class StoredAnalysis:
     holdout: list[Batch]
     holdout_is_calibration: bool
     objective: Objective | None
+    validation: list[Batch] = field(default_factory=list)
+    loss_ratio: float = 1.0
 
 
 def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -94,6 +97,7 @@ def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool
         "loss_terms": moments.loss_terms,
         "dropped": dict(moments.dropped),
         "holdout_is_calibration": analysis.holdout_is_calibration,
+        "loss_ratio": analysis.loss_ratio,
         "constants": {
             name: constant_to_json(value, name)
             for name, value in _batch_values(analysis)
@@ -144,6 +148,8 @@ def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
         example=example,
         holdout=_batches({**stored, **constants}, "holdout"),
         holdout_is_calibration=meta.holdout_is_calibration,
+        validation=_batches({**stored, **constants}, "validation"),
+        loss_ratio=meta.loss_ratio,
         objective=kinds.get(meta.objective),
     )
 
@@ -155,8 +161,8 @@ def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
     for key, value in moments.outputs.items():
         whole = value.dim() == 2
         found[f"{'output' if whole else 'output_diagonal'}/{key}"] = pack_symmetric(value) if whole else value
-    for field in _BY_ROW:
-        found |= {f"{field}/{key}": value for key, value in getattr(moments, field).items()}
+    for rows in _BY_ROW:
+        found |= {f"{rows}/{key}": value for key, value in getattr(moments, rows).items()}
     found |= {f"lookup_output/{key}": pack_symmetric(value) for key, value in moments.lookup_outputs.items()}
     found |= {f"direction/{key}": pack_symmetric(value) for key, value in moments.directions.items()}
     found |= {f"spectrum/{name}": torch.from_numpy(value.squares) for name, value in analysis.spectra.items()}
@@ -164,8 +170,13 @@ def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
 
 
 def _batch_values(analysis: StoredAnalysis) -> Iterator[tuple[str, Any]]:
-    """``(kind/index/name, value)`` of everything in the example and the held-out batches."""
-    for kind, batches in (("example", [analysis.example]), ("holdout", analysis.holdout)):
+    """``(kind/index/name, value)`` of everything in the batches."""
+    kinds = {
+        "example": [analysis.example],
+        "holdout": analysis.holdout,
+        "validation": analysis.validation,
+    }
+    for kind, batches in kinds.items():
         for index, batch in enumerate(batches):
             for name, value in batch.items():
                 yield f"{kind}/{index}/{name}", value
@@ -210,7 +221,7 @@ def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
         outputs={**_unpacked(_group(stored, "output")), **_group(stored, "output_diagonal")},
         input_of=meta.input_of,
         tokens=meta.tokens,
-        **{field: _group(stored, field) for field in _BY_ROW},
+        **{rows: _group(stored, rows) for rows in _BY_ROW},
         lookup_outputs=_unpacked(_group(stored, "lookup_output")),
         directions=_unpacked(_group(stored, "direction")),
         loss_terms=meta.loss_terms,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from geofx.analysis import Analysis, hash_tensors
+from geofx.analysis import Analysis, Rewrites, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split
 from geofx.budget import Budget
+from geofx.effort import Level, effort_named, loss_on
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
+from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
-from geofx.moments import UNITS, Mode, Moments
+from geofx.moments import UNITS, Mode, Moments, pooled
 from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
 from geofx.passes.analyse import Analyse, analyse
 from geofx.passes.calibrate import calibrate
@@ -26,6 +30,7 @@ from geofx.passes.contract import run_passes
 from geofx.passes.find_regions import find_regions
 from geofx.passes.find_sites import FindSites, find_sites, sites_of
 from geofx.patterns import matching
+from geofx.plan import Plan
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import OWN
@@ -38,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 REPLANS = 8
 """How often `optimize` plans anew without the settings that could not be fitted."""
+PROBES = 4
+"""How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
+NEAR_RATIO = 0.85
+"""Share of such a budget at which a plan is near enough."""
 
 
 def analyze(
@@ -53,6 +62,7 @@ def analyze(
     progress: Progress = log_progress,
     files: Mapping[str, bytes] | None = None,
     directions: bool = False,
+    effort: Level = "fast",
 ) -> Analysis:
     """Trace ``model``, run ``calibration`` through it, and measure what the loss sees of every weight.
 
@@ -69,10 +79,12 @@ def analyze(
         example: inputs to trace with; by default the first calibration batch.
         seed: of the noise that squared error is sampled with.
         directions: also take the moments of inputs scaled to norm 1, for ESPACE's normalised criteria.
+        effort: what is done beyond one pass over the calibration data, at what cost: `geofx.effort`.
 
     Raises:
         CaptureError, CalibrationError, ConfigError: as their messages say.
     """
+    level = effort_named(effort)
     stages = Stages()
     names = input_names(model)
     batches = batches_of(calibration, tokenizer, names, "calibration data")
@@ -82,6 +94,7 @@ def analyze(
     leaking = not held and len(batches) == 1
     if not held and batches:
         batches, held = split(batches)
+    batches, validation = split(batches) if level.validated and len(batches) > 1 else (batches, [])
     if leaking:
         logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
     if example is None and not batches:
@@ -95,9 +108,37 @@ def analyze(
         with stages("calibrate"):
             moments = calibrate(program, batches, objective, mode, progress, directions)
     module = model if isinstance(model, nn.Module) else None
-    analysis = _assemble(original, program, moments, objective, held, module, stages, progress, files or {})
-    analysis.holdout_is_calibration = leaking
+    written: list[Batch] = []
+    if mode != "data_free" and validation and level.rounds:
+        with stages("write text"):
+            written = generated_text(module, program, batches, objective, level.rounds, seed, progress)
+    if written:
+        with stages("calibrate on written text"):
+            further = calibrate(program, written, objective, mode, progress, directions)
+            unseen = calibrate(program, validation, objective, mode, progress)
+    assemble = partial(
+        _assemble,
+        original=original,
+        program=program,
+        objective=objective,
+        holdout=held,
+        module=module,
+        progress=progress,
+        files=files or {},
+    )
+    analysis = assemble(moments=moments, stages=stages)
+    if written:
+        longer = assemble(moments=pooled(moments, further), stages=stages)
+        analysis = _better(analysis, longer, unseen)
+    analysis.holdout_is_calibration, analysis.validation = leaking, validation
     return analysis
+
+
+def _better(first: Analysis, second: Analysis, unseen: Moments) -> Analysis:
+    """The one whose truncations lose less by the moments of data that neither has seen."""
+    losses = loss_on(unseen, first.regions), loss_on(unseen, second.regions)
+    logger.info("predicted on validation: %.4g without text of the model's own, %.4g with it", *losses)
+    return second if losses[1] < losses[0] else first
 
 
 def load_analysis(
@@ -128,18 +169,19 @@ def load_analysis(
             "the analysis belongs to other weights", where=str(path), fix="analyze this model"
         )
     analysis = _assemble(
-        original,
-        program,
-        stored.moments,
-        objective,
-        stored.holdout,
-        model,
-        stages,
-        progress,
-        files or {},
-        stored.spectra,
+        original=original,
+        program=program,
+        moments=stored.moments,
+        objective=objective,
+        holdout=stored.holdout,
+        module=model,
+        stages=stages,
+        progress=progress,
+        files=files or {},
+        known=stored.spectra,
     )
     analysis.holdout_is_calibration = stored.holdout_is_calibration
+    analysis.validation, analysis.loss_ratio = stored.validation, stored.loss_ratio
     return analysis
 
 
@@ -158,6 +200,7 @@ def _canonical(original: Program) -> Program:
 
 
 def _assemble(
+    *,
     original: Program,
     program: Program,
     moments: Moments,
@@ -207,6 +250,7 @@ def optimize(
     seed: int = 0,
     progress: Progress = log_progress,
     files: Mapping[str, bytes] | None = None,
+    effort: Level = "fast",
 ) -> OptimizedModel:
     """Compress ``model`` to ``budget`` with the least predicted loss; the other arguments are `analyze`'s.
 
@@ -232,6 +276,7 @@ def optimize(
         seed=seed,
         progress=progress,
         files=files,
+        effort=effort,
     )
     return optimize_analysis(analysis, budget, include=include, ignore=ignore)
 
@@ -243,13 +288,35 @@ def optimize_analysis(
     include: Iterable[str] | str | None = None,
     ignore: Iterable[str] | str = (),
 ) -> OptimizedModel:
-    """`optimize` from an analysis that is there already."""
+    """`optimize` from an analysis that is there already.
+
+    Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
+    is planned for anew with it.
+    """
+    best: tuple[Plan, Rewrites] | None = None
+    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
+        plan, rewrites = _fitted(analysis, budget, include, ignore)
+        plan = analysis.probe(plan, rewrites)
+        lost, limit = plan.loss or 0.0, math.inf if budget.loss is None else budget.loss
+        if lost <= limit and (best is None or lost > (best[0].loss or 0.0)):
+            best = plan, rewrites
+        if NEAR_RATIO * limit <= lost <= limit:
+            break
+    if best is None:
+        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
+    return analysis.finish(*(best or (plan, rewrites)))
+
+
+def _fitted(
+    analysis: Analysis, budget: Budget, include: Iterable[str] | str | None, ignore: Iterable[str] | str
+) -> tuple[Plan, Rewrites]:
+    """The best plan of those that can be fitted, and its factors."""
     refused: dict[tuple[str, str], str] = {}
     for _ in range(REPLANS):
         plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
         rewrites, failures = analysis.fit(plan)
         if not failures:
-            return analysis.finish(plan, rewrites)
+            return plan, rewrites
         names = {choice.region: choice.factorization.name for choice in plan.choices}
         refused |= {(region, names[region]): str(why) for region, why in failures.items()}
     regions = ", ".join(sorted({region for region, _ in refused})[:5])

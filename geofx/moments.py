@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Mode = Literal["two_sided", "forward", "data_free"]
@@ -73,3 +74,43 @@ class Moments:
     def output_moment(self, weight: str) -> Tensor | None:
         """G at the output of ``weight``, or None where none was taken."""
         return self.outputs.get(weight)
+
+
+def pooled(first: Moments, second: Moments) -> Moments:
+    """The moments of the data of both, taken of one model in one mode.
+
+    Means count by tokens, what is per loss term by loss terms; counts and sums add up.
+    """
+
+    def by_tokens(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen = {key: (first.tokens[key], second.tokens[key]) for key in one}
+        return {key: _mean(part, other[key], *seen[key]) for key, part in one.items()}
+
+    def by_terms(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: _mean(part, other[key], first.loss_terms, second.loss_terms) for key, part in one.items()
+        }
+
+    def added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: part + other[key] for key, part in one.items()}
+
+    reasons = first.dropped.keys() | second.dropped.keys()
+    return replace(
+        first,
+        inputs=by_tokens(first.inputs, second.inputs),
+        means=by_tokens(first.means, second.means),
+        outputs=by_terms(first.outputs, second.outputs),
+        tokens={key: count + second.tokens[key] for key, count in first.tokens.items()},
+        lookups=added(first.lookups, second.lookups),
+        lookup_batches=added(first.lookup_batches, second.lookup_batches),
+        lookup_outputs=by_terms(first.lookup_outputs, second.lookup_outputs),
+        lookup_energies=added(first.lookup_energies, second.lookup_energies),
+        directions=by_tokens(first.directions, second.directions),
+        loss_terms=first.loss_terms + second.loss_terms,
+        dropped={key: first.dropped.get(key, 0) + second.dropped.get(key, 0) for key in sorted(reasons)},
+    )
+
+
+def _mean(one: Tensor, other: Tensor, count: int, others: int) -> Tensor:
+    share = others / max(1, count + others)
+    return torch.lerp(one, other, share)

@@ -1,0 +1,157 @@
+"""Further calibration text, which the model writes itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geofx.batches import Batch, token_mask, vocabularies
+from geofx.objective import NextToken, Objective, token_input
+from geofx.program import Program
+from geofx.progress import Progress, log_progress
+
+logger = logging.getLogger(__name__)
+
+PROMPT_RATIO = 1 / 16
+"""Share of a window that is given to the model as the beginning of what it writes."""
+ROWS = 32
+"""Windows that are written at once."""
+REPLACED_RATIO = 0.3
+"""Share of the tokens that are drawn anew where nothing can be written."""
+
+
+def generated_text(
+    module: nn.Module | None,
+    program: Program,
+    batches: list[Batch],
+    objective: Objective,
+    rounds: int,
+    seed: int = 0,
+    progress: Progress = log_progress,
+) -> list[Batch]:
+    """``rounds`` further windows for each given: the model's own writing, or else with tokens replaced.
+
+    What a factorization loses on unseen text is mostly what its moments did not see. There are none where
+    the model takes no tokens.
+    """
+    ids = token_input(program)
+    if ids is None:
+        return []
+    if isinstance(objective, NextToken) and objective.ids == "input_ids" and _generates(module):
+        return written_text(module, batches, rounds, seed, progress)
+    return replaced_tokens(batches, rounds, ids, vocabularies(program)[ids], seed)
+
+
+def replaced_tokens(
+    batches: list[Batch], rounds: int, ids: str, vocabulary: int, seed: int = 0
+) -> list[Batch]:
+    """The batches with `REPLACED_RATIO` of their tokens, but for the first and the last of a row, drawn anew.
+
+    They are drawn evenly from the ``vocabulary``: rare ones are what text of any length shows too little of.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in batches * rounds:
+        known = batch[ids]
+        drawn = torch.randint(vocabulary, known.shape, generator=generator).to(known)
+        free = (torch.rand(known.shape, generator=generator) < REPLACED_RATIO).to(known.device)
+        found.append({**batch, ids: torch.where(free & _inner(known, batch), drawn, known)})
+    return found
+
+
+def _inner(ids: Tensor, batch: Batch) -> Tensor:
+    """Where a token stands between two others that are not padding."""
+    mask = token_mask(batch)
+    held = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    inner = torch.zeros_like(held)
+    inner[:, 1:-1] = held[:, :-2] & held[:, 1:-1] & held[:, 2:]
+    return inner
+
+
+def written_text(
+    module: Any, batches: list[Batch], rounds: int, seed: int = 0, progress: Progress = log_progress
+) -> list[Batch]:
+    """x_{t+1} ~ p(· | x_1 .. x_t), ancestral sampling at temperature 1 from ``rounds`` parts of each window.
+
+    Samples are unlimited: they lie where the model's own distribution does, and their next tokens are those
+    of the true Fisher information (Williams, Chrysostomou and Aletras, 2025; Liu et al., 2023). Windows have
+    the lengths of those given and begin as these do; padded ones are left out. Batches hold ``input_ids``
+    and ``attention_mask``, (batch, length) int64.
+    """
+    windows = [batch["input_ids"].cpu() for batch in batches if token_mask(batch) is None]
+    total = rounds * sum(-(-len(group) // ROWS) for group in _of_one_length(windows))
+    found: list[Batch] = []
+    progress("write text", 0, total)
+    for done, rows in enumerate(_prompts(windows, rounds)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + done)
+            written = _written(module, *rows)
+        size = max(map(len, windows))
+        found += [
+            {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in written.split(size)
+        ]
+        progress("write text", done + 1, total)
+    return found
+
+
+def _generates(module: nn.Module | None) -> bool:
+    can = getattr(module, "can_generate", None)
+    return can is not None and bool(can())
+
+
+def _of_one_length(windows: list[Tensor]) -> list[Tensor]:
+    """(n, length) of each length."""
+    lengths = sorted({rows.shape[1] for rows in windows})
+    return [torch.cat([rows for rows in windows if rows.shape[1] == length]) for length in lengths]
+
+
+def _prompts(windows: list[Tensor], rounds: int) -> Iterator[tuple[Tensor, int]]:
+    """(prompts, length of the window to write); each round begins at another place of the windows."""
+    for whole in _of_one_length(windows):
+        length, start = whole.shape[1], _common_start(windows)
+        size = max(1, round(PROMPT_RATIO * length))
+        for turn in range(rounds):
+            place = start + turn * max(0, length - start - size) // rounds
+            prompts = torch.cat([whole[:, :start], whole[:, place : place + size]], 1)
+            for rows in prompts.split(ROWS):
+                yield rows, length
+
+
+def _common_start(windows: list[Tensor]) -> int:
+    """How many tokens all windows begin with alike, such as BOS."""
+    first = windows[0][0]
+    shortest = min(rows.shape[1] for rows in windows)
+    for place in range(shortest // 2):
+        if any(bool((rows[:, place] != first[place]).any()) for rows in windows):
+            return place
+    return 0
+
+
+@torch.no_grad()
+def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
+    """(n, length): the prompts and what the model goes on with; it does not end before."""
+    from transformers import GenerationConfig  # optional; there where a module can generate
+
+    more = length - prompts.shape[1]
+    if more < 1:
+        return prompts[:, :length]
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=more,
+        min_new_tokens=more,
+        pad_token_id=int(prompts[0, 0]),
+    )
+    device, training = next(module.parameters()).device, module.training
+    module.eval()
+    try:
+        given = prompts.to(device)
+        return module.generate(given, attention_mask=torch.ones_like(given), generation_config=settings).cpu()
+    finally:
+        module.train(training)

@@ -1,0 +1,210 @@
+"""Text of the model's own, moments of several parts, and the predicted loss set by what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+import geofx
+from geofx.batches import Batch
+from geofx.budget import Budget
+from geofx.effort import EFFORTS, effort_named, loss_on
+from geofx.errors import ConfigError
+from geofx.generated_text import REPLACED_RATIO, generated_text, replaced_tokens, written_text
+from geofx.moments import Moments, pooled
+from geofx.objective import NextToken, SquaredError
+from geofx.passes.calibrate import calibrate
+from geofx.trace import trace
+from geofx.verify import verify
+
+LENGTH, ROWS = 24, 2
+
+
+def windows(count: int, seed: int = 0, first: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (count, ROWS, LENGTH), generator=generator)
+    ids[:, :, 0] = first
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
+
+
+@pytest.fixture(scope="module")
+def analysis() -> geofx.Analysis:
+    return geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="balanced")
+
+
+def test_what_is_written_begins_as_the_windows_do_and_is_drawn_from_the_model() -> None:
+    model, given = tiny_models.build("llama"), windows(3)
+    found = written_text(model, given, rounds=2)
+    ids = torch.cat([batch["input_ids"] for batch in found])
+    assert ids.shape == (2 * 3 * ROWS, LENGTH)
+    assert {len(batch["input_ids"]) for batch in found} == {ROWS}
+    size = 1 + max(1, round(LENGTH / 16))
+    assert torch.equal(ids[: 3 * ROWS, :size], torch.cat([batch["input_ids"] for batch in given])[:, :size])
+    assert (ids[:, 0] == 1).all()
+    again = torch.cat([batch["input_ids"] for batch in written_text(model, given, rounds=2)])
+    other = torch.cat([batch["input_ids"] for batch in written_text(model, given, rounds=2, seed=1)])
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+
+
+def test_a_sharp_model_writes_what_it_finds_likely() -> None:
+    """With large weights of the head the next token is all but certain: samples follow the arg max."""
+    model = tiny_models.build("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e4)
+    found = written_text(model, windows(2), rounds=1)
+    ids = torch.cat([batch["input_ids"] for batch in found])
+    with torch.no_grad():
+        logits = model(ids).logits
+    logits[:, :, 2] = -torch.inf  # the end of a text is not drawn before the window is full
+    start = 1 + max(1, round(LENGTH / 16))
+    assert torch.equal(ids[:, start:-1], logits[:, start - 1 : -2].argmax(-1))
+
+
+def test_writing_leaves_the_model_and_the_random_state_alone() -> None:
+    model = tiny_models.build("llama").train()
+    before = torch.random.get_rng_state()
+    written_text(model, windows(2), rounds=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert model.training
+
+
+def test_padded_windows_are_not_begun_from() -> None:
+    given = windows(2)
+    given[0]["attention_mask"][0, -3:] = 0
+    assert len(torch.cat([batch["input_ids"] for batch in written_text(_llama(), given, rounds=1)])) == ROWS
+    given[1]["attention_mask"][1, -3:] = 0
+    assert written_text(_llama(), given, rounds=1) == []
+
+
+def _llama() -> torch.nn.Module:
+    return tiny_models.build("llama")
+
+
+def test_replaced_tokens_keep_ends_padding_and_vocabulary() -> None:
+    given = windows(80)
+    for batch in given:
+        batch["attention_mask"][0, -5:] = 0
+        batch["input_ids"][0, -5:] = 0
+    found = replaced_tokens(given, 1, "input_ids", 128)
+    before = torch.cat([batch["input_ids"] for batch in given])
+    after = torch.cat([batch["input_ids"] for batch in found])
+    mask = torch.cat([batch["attention_mask"] for batch in given]).bool()
+    changed = before != after
+    assert not changed[:, 0].any()
+    assert not (changed & ~mask).any()
+    assert not changed[mask & ~torch.roll(mask, -1, 1)].any()
+    inner = changed[1::2, 1:-1].float().mean()
+    assert abs(float(inner) - REPLACED_RATIO * 127 / 128) < 0.03
+    assert set(after.unique().tolist()) == set(range(128))
+
+
+def test_models_that_write_nothing_and_data_without_tokens() -> None:
+    given = windows(2)
+    decoder = trace(_llama(), given[0])
+    for module in (None, torch.nn.Linear(3, 3)):
+        replaced = generated_text(module, decoder, given, NextToken(), 2)
+        assert len(replaced) == 4
+        assert torch.equal(replaced[0]["input_ids"][:, -1], given[0]["input_ids"][:, -1])
+    assert generated_text(_llama(), decoder, given, NextToken(), 1)[0]["input_ids"].shape == (ROWS, LENGTH)
+    plain = trace(tiny_models.build("mlp"), {"input": torch.randn(4, 32)})
+    assert generated_text(None, plain, [{"input": torch.randn(4, 32)}], SquaredError(), 1) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_pooled_moments_are_those_of_all_the_data(name: str) -> None:
+    model = tiny_models.build(name)
+    first, second = windows(3), windows(2, seed=5)
+    first[0]["attention_mask"][0, -4:] = 0
+    made = geofx.analyze(model, first, holdout=first[:1])
+    whole = calibrate(made.program, [*first, *second], _fresh(made))
+    further = calibrate(made.program, second, _continued(made, first))
+    both = pooled(calibrate(made.program, first, _fresh(made)), further)
+    _assert_same(both, whole)
+
+
+def _fresh(made: geofx.Analysis) -> NextToken | SquaredError:
+    return NextToken() if isinstance(made.objective, NextToken) else SquaredError(0)
+
+
+def _continued(made: geofx.Analysis, first: list[Batch]) -> NextToken | SquaredError:
+    """An objective whose noise goes on where it stood after ``first``."""
+    objective = _fresh(made)
+    calibrate(made.program, first, objective)
+    return objective
+
+
+def _assert_same(one: Moments, other: Moments) -> None:
+    assert one.tokens == other.tokens
+    assert one.loss_terms == other.loss_terms
+    compared = 0
+    for field in ("inputs", "means", "outputs", "lookups", "lookup_outputs", "lookup_energies"):
+        for key, value in getattr(other, field).items():
+            torch.testing.assert_close(getattr(one, field)[key], value, rtol=1e-4, atol=1e-7)
+            compared += 1
+    assert compared > 10
+
+
+def test_balanced_calibrates_on_more_and_validates_on_what_it_did_not_see(analysis: geofx.Analysis) -> None:
+    names = [stage.name for stage in analysis.stages.done]
+    assert "write text" in names
+    assert len(analysis.validation) == 1
+    tokens = max(analysis.moments.tokens.values())
+    assert tokens in (5 * ROWS * LENGTH, 2 * 5 * ROWS * LENGTH)
+    fast = geofx.analyze(tiny_models.build("llama"), windows(6), holdout=windows(2, 1))
+    assert fast.validation == []
+    assert max(fast.moments.tokens.values()) == 6 * ROWS * LENGTH
+
+
+def test_loss_on_other_moments_by_hand(analysis: geofx.Analysis) -> None:
+    seen = calibrate(analysis.program, analysis.validation, analysis.objective)
+    expected = 0.0
+    for name, item in analysis.regions.items():
+        if item.region.kind == "single":
+            rank = min(item.weight.shape) // 2
+            cut = item.truncation.left[:, :rank] @ item.truncation.right[:rank]
+            change = item.weight.double() - cut.double()
+            inputs = seen.inputs[seen.input_of[name]].double()
+            expected += float(torch.trace(seen.outputs[name].double() @ change @ inputs @ change.T))
+    assert loss_on(seen, analysis.regions) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.0
+
+
+def test_probing_sets_the_predicted_loss_by_the_measured(analysis: geofx.Analysis, tmp_path: Path) -> None:
+    plan = analysis.plan(Budget(size=0.7))
+    rewrites, _ = analysis.fit(plan)
+    probed = analysis.probe(plan, rewrites)
+    program = analysis.lower(plan, rewrites)
+    found = verify(analysis.original, program, analysis.validation, analysis.objective).loss_increase
+    assert found > 0.0
+    assert probed.loss == pytest.approx(found)
+    assert sum(choice.loss or 0.0 for choice in probed.choices) == pytest.approx(found)
+    assert analysis.loss_ratio == pytest.approx(found / plan.loss)
+    anew = analysis.plan(Budget(size=0.7))
+    assert anew.loss == pytest.approx(found, rel=1e-3)
+    assert analysis.finish(anew, rewrites).plan.loss == pytest.approx(found, rel=1e-3)
+    folder = analysis.save(tmp_path / "kept")
+    known = geofx.load_analysis(folder, analysis.module)
+    assert known.loss_ratio == pytest.approx(analysis.loss_ratio)
+    assert torch.equal(known.validation[0]["input_ids"], analysis.validation[0]["input_ids"])
+
+
+def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
+    asked = 1e-4
+    result = geofx.optimize(
+        tiny_models.build("bert"), Budget(loss=asked), calibration=windows(8), effort="balanced"
+    )
+    assert result.plan.loss <= asked
+    assert result.plan.loss > asked / 4
+    assert result.plan.rewritten
+
+
+def test_levels() -> None:
+    assert [EFFORTS[name].rounds for name in ("fast", "balanced", "best")] == [0, 1, 3]
+    with pytest.raises(ConfigError, match=r"no effort 'huge'.*fast, balanced, best"):
+        effort_named("huge")
+    with pytest.raises(ConfigError, match="no effort 'huge'"):
+        geofx.analyze(tiny_models.build("mlp"), [torch.randn(4, 32)] * 2, effort="huge")  # type: ignore[arg-type]
