@@ -251,8 +251,8 @@ def _with_parameters(result: OptimizedModel, student: nn.Module) -> OptimizedMod
     """``result`` with the values of the parameters that were trained."""
     program = result.program.clone()
     for name, part in student.named_parameters():
-        if part.requires_grad:
-            known = program.aliases.get(name, name)
+        known = program.aliases.get(name, name)
+        if part.requires_grad and program.holds(known):
             value = part.detach().to(program.weight(known), copy=True)
             program.set_tensor(known, value, trainable=program.weight(known).requires_grad)
     rewrites = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from geofx.factorizations import Factored, Unfolding, factor_name
 from geofx.factorized_module import FactorizedLayer
 from geofx.objective import Objective
 from geofx.progress import Progress, log_progress
+from geofx.trace import evaluating
 from geofx.training import Training
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Recovery:
 
     Attributes:
         student: the rewritten model; its factors are changed in place.
-        teacher: the original.
+        teacher: the original; a module is run in evaluation mode, without dropout.
         inputs: a batch -> the arguments of both.
         whole: name of a weight -> the dense one, for projections.
     """
@@ -62,7 +63,8 @@ class Recovery:
         Raises:
             NumericsError: the loss is no longer finite.
         """
-        with _unfolded(self.student, self.whole):
+        still = evaluating(self.teacher) if isinstance(self.teacher, nn.Module) else nullcontext()
+        with _unfolded(self.student, self.whole), still:
             trained = self._trained()
             if not trained:
                 raise ConfigError("there is nothing to train", where="recover", fix="rewrite something first")

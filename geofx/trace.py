@@ -61,7 +61,9 @@ def trace(
     _require_capturable(model)
     inputs, constants = example_inputs(model, example)
     call = _Call(model, tuple(inputs), constants)
-    with _evaluating(model), torch.no_grad():
+    if model.training:
+        logger.warning("the model is in training mode; it is traced in evaluation mode")
+    with evaluating(model), torch.no_grad():
         exported = _export(call, inputs)
     return _finish(exported, model, tuple(inputs), inputs)
 
@@ -156,11 +158,9 @@ def _require_capturable(model: Any) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, every module's own flag restored, also on failure."""
     flags = [(module, module.training) for module in model.modules()]
-    if model.training:
-        logger.warning("the model is in training mode; it is traced in evaluation mode")
     try:
         for module, _ in flags:
             module.training = False

@@ -53,9 +53,11 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", where="recover", fix="give 1 or more")
-        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0.0:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}", where="recover", fix="give 1 or more")
+        rate = self.learning_rate
+        if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
             raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 1e-5")
 
     @classmethod

@@ -206,6 +206,8 @@ def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
     [
         ({"step": 3}, "nearest are 'steps'"),
         ({"steps": 0}, "give 1 or more"),
+        ({"steps": True}, "give 1 or more"),
+        ({"learning_rate": "1e-3"}, "give 1e-5"),
         ({"learning_rate": float("nan")}, "learning_rate"),
     ],
 )
@@ -217,3 +219,37 @@ def test_wrong_settings_are_named(decoder: OptimizedModel, settings: dict[str, A
 def test_one_batch_cannot_be_both_trained_and_validated_on(decoder: OptimizedModel) -> None:
     with pytest.raises(CalibrationError, match="one batch"):
         decoder.recover(batches("llama", 1))
+
+
+class Ragged(nn.Module):
+    """A model with dropout, and with a layer that its outputs do not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.unused = nn.Linear(32, 64), nn.Linear(64, 10), nn.Linear(5, 5)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        output: torch.Tensor = self.second(self.dropout(torch.relu(self.first(input))))
+        return output
+
+
+def test_parameters_that_the_outputs_do_not_read_stay_as_they_are() -> None:
+    model = Ragged().eval()
+    before = geofx.optimize(model, Budget(size=0.6), calibration=batches("mlp"))
+    after = before.recover(batches("mlp"), **SETTINGS)
+    losses = [row["validation"] for row in after.report.recovery]
+    assert min(losses) < losses[0]
+    assert torch.equal(after.to_module().unused.bias, model.unused.bias)
+
+
+def test_an_original_in_training_mode_teaches_without_its_dropout() -> None:
+    model = Ragged().eval()
+    before = geofx.optimize(model, Budget(size=0.6), calibration=batches("mlp"))
+    expected = before.recover(batches("mlp"), **SETTINGS)
+    model.train()
+    found = before.recover(batches("mlp"), **SETTINGS)
+    assert model.training
+    assert model.dropout.training
+    assert found.report.recovery == expected.report.recovery

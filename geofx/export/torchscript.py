@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from geofx.errors import ExportError, VerificationError
 from geofx.export.cases import Axes, Case, make_cases, require_equal, shortened
 from geofx.export.staging import staging, target_file
 from geofx.program import flat_tensors
+from geofx.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def to_torchscript(
         return flat_tensors(positional(*inputs.values()))
 
     size = sum(value.nbytes for value in module.state_dict().values())
-    with _evaluating(module), staging(target, 2 * size) as folder:
+    with evaluating(module), staging(target, 2 * size) as folder:
         axes = _token_axes(example) if dynamic_shapes is None else dynamic_shapes
         example = shortened(run, example, axes)
         staged = _trace(positional, example, folder / target.name)
@@ -160,14 +160,3 @@ def _numbered(groups: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
 def _of_case(answers: Mapping[str, Tensor], case: int) -> list[Tensor]:
     places = sum(name.startswith(f"{case}/") for name in answers)
     return [answers[f"{case}/{place}"] for place in range(places)]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    flags = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
