@@ -101,15 +101,21 @@ def _other(error: Exception) -> int:
     return 1
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"geofx {version_of('geofx')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def _settings(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, to stderr.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and leave."),
+    ] = False,
 ) -> None:
     set_up_streams(verbose)
-    if version:
-        sys.stdout.write(f"geofx {version_of('geofx')}\n")
-        raise typer.Exit
 
 
 def demo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,11 @@ def test_what_is_not_a_result_is_refused(
     extra = {"eval": ["--text", "python"], "export": ["--onnx", str(tmp_path / "m.onnx")]}.get(command, [])
     assert main([command, str(tmp_path), *extra]) == 6
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"geofx {metadata.version('geofx')}\n"
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
