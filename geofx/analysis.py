@@ -265,7 +265,7 @@ class Analysis:
             fidelity=fidelity,
             rewrites=rewrites,
             module=self.module,
-            config=_config_of(self.module),
+            config=config_of(self.module),
             files=self.files,
             original=self.original,
         )
@@ -325,7 +325,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _config_of(module: nn.Module | None) -> dict[str, Any] | None:
+def config_of(module: nn.Module | None) -> dict[str, Any] | None:
     """The Hugging Face configuration of a model that has one, naming its own class."""
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):

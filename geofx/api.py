@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from geofx.analysis import Analysis, Rewrites, hash_tensors
+from geofx.analysis import Analysis, Rewrites, config_of, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split
@@ -36,7 +36,7 @@ from geofx.progress import Progress, log_progress
 from geofx.region import OWN
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
-from geofx.text import batches_of
+from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
 
 logger = logging.getLogger(__name__)
@@ -86,11 +86,12 @@ def analyze(
     """
     level = effort_named(effort)
     stages = Stages()
-    names = input_names(model)
-    batches = batches_of(calibration, tokenizer, names, "calibration data")
+    names, config = input_names(model), config_of(model) if isinstance(model, nn.Module) else None
+    longest = longest_sequence(config)
+    batches = batches_of(calibration, tokenizer, names, "calibration data", longest)
     if mode != "data_free" and not batches:
         raise CalibrationError("there is no calibration data", fix="pass calibration=, or mode='data_free'")
-    held = batches_of(holdout, tokenizer, names, "held-out data")
+    held = batches_of(holdout, tokenizer, names, "held-out data", longest)
     leaking = not held and len(batches) == 1
     if not held and batches:
         batches, held = split(batches)

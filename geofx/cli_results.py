@@ -23,12 +23,13 @@ from geofx.export.onnx_runtime import OnnxRunner
 from geofx.folder import check_files, write_file
 from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
+from geofx.report import Measured
 from geofx.report_html import report_html
 from geofx.report_rows import Format, in_bytes, in_loss, in_percent, in_seconds
 from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
-from geofx.text import windows
+from geofx.text import longest_sequence, windows
 from geofx.trace import trace
 from geofx.verify import Fidelity, verify
 
@@ -106,7 +107,7 @@ def evaluate(
     with working() as progress:
         result = load(saved)
         source = None if original is None else load_source(original)
-        batches = _windows(saved, source, text, tokens, length)
+        batches = _windows(saved, source, text, tokens, length, longest_sequence(result.config))
         reference = result.program if source is None else trace(source.model, batches[0])
         objective = choose_objective(reference, batches[0], None)
         fidelity = verify(reference, result.program, batches, objective, progress=progress)
@@ -157,21 +158,30 @@ def bench(
         )
 
 
-def _windows(saved: Path, source: Source | None, text: str, tokens: int, length: int) -> list[Batch]:
+def _windows(
+    saved: Path, source: Source | None, text: str, tokens: int, length: int, longest: int | None
+) -> list[Batch]:
     tokenizer = load_tokenizer(saved) or (source and source.tokenizer)
     if tokenizer is None:
         raise CalibrationError(
             "no tokenizer was saved with the model", where=saved.name, fix="give --original MODEL"
         )
-    texts = options.corpus(text)
-    return list(windows(texts, tokenizer, length=length, batch_size=options.BATCH_ROWS, limit_tokens=tokens))
+    cut = windows(
+        options.corpus(text),
+        tokenizer,
+        length=length,
+        batch_size=options.BATCH_ROWS,
+        limit_tokens=tokens,
+        max_positions=longest,
+    )
+    return list(cut)
 
 
 def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
     """Loss and perplexity alone, or everything where there is an original."""
     found: dict[str, float | None] = {"loss": fidelity.loss_optimized, "tokens": fidelity.tokens}
-    if fidelity.loss_optimized is not None and fidelity.kl is not None:
-        found["perplexity"] = math.exp(fidelity.loss_optimized)
+    if fidelity.kl is not None:
+        found["perplexity"] = Measured(loss=fidelity.loss_optimized).perplexity
     if compared:
         found |= {
             key: value

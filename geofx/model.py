@@ -26,7 +26,7 @@ from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.recovery import Recovery
 from geofx.report import Report
-from geofx.text import batches_of
+from geofx.text import batches_of, longest_sequence
 from geofx.trace import trace
 from geofx.training import Training
 from geofx.verify import VALIDATION, Fidelity, verify
@@ -152,11 +152,11 @@ class OptimizedModel:
             NumericsError: the loss is no longer finite.
         """
         settings, original = Training.of(training), self._original(teacher)
-        names = self.program.input_names
-        batches, validation = split(batches_of(data, tokenizer, names, "training data"))
+        names, longest = self.program.input_names, longest_sequence(self.config)
+        batches, validation = split(batches_of(data, tokenizer, names, "training data", longest))
         if batches is validation:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
-        held = batches_of(holdout, tokenizer, names, "held-out data")
+        held = batches_of(holdout, tokenizer, names, "held-out data", longest)
         objective, student = choose_objective(original, batches[0], loss), _trainable(self)
         recovery = Recovery(
             student=student,

@@ -21,6 +21,7 @@ from torch import nn
 from geofx.artifact import check_file_name
 from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError
 from geofx.gguf_header import require_sound_gguf
+from geofx.text import longest_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ class Source:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the configuration allows."""
-        value = (self.config or {}).get("max_position_embeddings") or (self.config or {}).get("n_positions")
-        return int(value) if isinstance(value, int) and value > 0 else None
+        return longest_sequence(self.config)
 
 
 def load_source(name: str) -> Source:

@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -170,6 +170,13 @@ def _window_length(length: int, tokenizer: Any, max_positions: int | None) -> in
     return shortest
 
 
+def longest_sequence(config: Mapping[str, Any] | None) -> int | None:
+    """The longest sequence that a model's configuration allows; None where it does not say."""
+    known = config or {}
+    value = known.get("max_position_embeddings") or known.get("n_positions")
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
 def require_file(path: Path) -> None:
     """Raises CalibrationError unless ``path`` is a file."""
     if not path.is_file():
@@ -260,8 +267,12 @@ def _batch(rows: list[list[int]], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def batches_of(data: Any, tokenizer: Any, names: Sequence[str], what: str) -> list[Batch]:
+def batches_of(
+    data: Any, tokenizer: Any, names: Sequence[str], what: str, max_positions: int | None = None
+) -> list[Batch]:
     """Batches of what a user passes as data: none, text with a tokenizer, or what `collect` reads.
+
+    ``max_positions`` is what the model can take; windows of text are no longer than that.
 
     Raises:
         CalibrationError: nothing usable comes out.
@@ -276,4 +287,5 @@ def batches_of(data: Any, tokenizer: Any, names: Sequence[str], what: str) -> li
         return collect(data, names, what)
     if tokenizer is None:
         raise ConfigError(f"{what} is text", fix="pass tokenizer=")
-    return list(windows(data, tokenizer, length=WINDOW_TOKENS, batch_size=2))
+    cut = windows(data, tokenizer, length=WINDOW_TOKENS, batch_size=2, max_positions=max_positions)
+    return list(cut)

@@ -17,7 +17,9 @@ from geofx import cli_optimize, cli_results
 from geofx.bench_inputs import bench_inputs
 from geofx.cli import main
 from geofx.errors import CaptureError, ConfigError
+from geofx.sources import Source
 from geofx.trace import trace
+from geofx.verify import Fidelity
 
 FUNCTIONS = """
 import torch
@@ -153,7 +155,47 @@ def test_bench_inputs_are_of_the_sizes_asked_for() -> None:
     }
     assert inputs["attention_mask"].all()
     assert torch.isfinite(program(**inputs).last_hidden_state).all()
-    assert {tuple(value.shape) for value in bench_inputs(program, None, None).values()} == {(1, 128)}
+
+
+def test_row_52_the_default_length_is_one_that_the_model_takes() -> None:
+    sizes = {}
+    for name in ("llama", "bert"):
+        program = trace(tiny_models.build(name), tiny_models.example(name))
+        inputs = bench_inputs(program, None, None)
+        program(**inputs)
+        sizes[name] = {tuple(value.shape) for value in inputs.values()}
+    assert sizes == {"llama": {(1, 128)}, "bert": {(1, 16)}}
+    with pytest.raises(ConfigError, match=r"cannot run inputs of these sizes.*smaller --length"):
+        bench_inputs(program, None, 100)
+
+
+class Characters:
+    """A tokenizer of one token per character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) % 128 for character in text]}
+
+
+def test_row_52_eval_cuts_windows_that_the_model_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved("gpt2", tmp_path / "out")
+    original = Source(tiny_models.build("gpt2"), Characters(), "gpt2")
+    monkeypatch.setattr(cli_results, "load_source", lambda name: original)
+    (tmp_path / "text.txt").write_text("whatever there is to read\n" * 20)
+    arguments = ["eval", str(path), "--text", str(tmp_path / "text.txt"), "--original", "x", "--json"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "windows cut from 512 to 64 tokens" in " ".join(output.err.split())
+    assert json.loads(output.out)["tokens"] == 20 * 26 // 64 * 63
+
+
+def test_the_perplexity_of_a_loss_beyond_all_measure_is_left_out() -> None:
+    figures = dict.fromkeys(("kl", "top1_agreement", "relative_l2", "sqnr_db", "parameter_mae"), 1.0)
+    found = Fidelity(
+        loss_original=3.0, loss_optimized=800.0, loss_increase=797.0, tokens=9, unit="nats", **figures
+    )
+    assert cli_results._figures(found, compared=False) == {"loss": 800.0, "tokens": 9, "perplexity": None}
 
 
 def test_bench_of_a_model_without_tokens_takes_rows_and_refuses_lengths(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 
+import geofx
 from geofx import text as text_module
 from geofx.errors import CalibrationError, ConfigError
 from geofx.text import Specials, python_text, read_text, windows
@@ -179,3 +181,9 @@ def test_python_text_has_two_parts_that_share_nothing() -> None:
     calibration, heldout = python_text()
     assert min(len(calibration), len(heldout)) > 100_000
     assert not set(calibration.split("\n\n")) & set(heldout.split("\n\n"))
+
+
+def test_row_52_text_is_cut_for_models_of_few_positions() -> None:
+    tokenizer = ByteTokenizer(prefix=(), suffix=())
+    analysis = geofx.analyze(tiny_models.build("gpt2"), "abcdefgh" * 60, tokenizer=tokenizer)
+    assert {batch["input_ids"].shape[1] for batch in analysis.holdout} == {64}
