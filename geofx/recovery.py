@@ -42,7 +42,7 @@ class Recovery:
         student: the rewritten model; its factors are changed in place.
         teacher: the original; a module is run in evaluation mode, without dropout.
         inputs: a batch -> the arguments of both.
-        whole: name of a weight -> the dense one, for projections.
+        whole: the original's tensors by name; projections train their weights whole, checkpoints go by all.
     """
 
     student: nn.Module
@@ -183,9 +183,10 @@ class Recovery:
         if training.checkpoint is None:
             return None
         settings = training.steps, training.learning_rate, training.accumulate, training.every, training.seed
+        goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]
         start = [part.detach() for part in trained.values()]
-        return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *start, *data))
+        return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *goal, *start, *data))
 
 
 def _on(device: torch.device, value: Any) -> Any:

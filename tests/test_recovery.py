@@ -230,7 +230,7 @@ class Ragged(nn.Module):
         self.first, self.second, self.unused = nn.Linear(32, 64), nn.Linear(64, 10), nn.Linear(5, 5)
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.second(self.dropout(torch.relu(self.first(input))))
         return output
 
@@ -253,3 +253,11 @@ def test_an_original_in_training_mode_teaches_without_its_dropout() -> None:
     assert model.training
     assert model.dropout.training
     assert found.report.recovery == expected.report.recovery
+
+
+def test_a_checkpoint_of_another_teacher_is_not_taken_up(tmp_path: Path) -> None:
+    before, other = compressed("mlp"), tiny_models.build("mlp", seed=1)
+    data, settings = batches("mlp"), {**SETTINGS, "checkpoint": tmp_path}
+    expected = before.recover(data, **SETTINGS)
+    before.recover(data, teacher=other, **settings)
+    assert before.recover(data, **settings).report.recovery == expected.report.recovery
