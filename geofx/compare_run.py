@@ -94,6 +94,8 @@ def compare_analysis(
         raise ConfigError("there is no held-out data to compare on", fix="analyze with holdout=")
     keeps = _shares(keep)
     entrants = subjects(formats, recipes, analysis.regions)
+    if not entrants:
+        raise ConfigError("there is nothing to compare", fix="name formats or recipes")
     run = _Run(analysis, Cache(default_folder() if cache is None else Path(cache)), keeps, rounds)
     run.engines = _engines(latency)
     return run.comparison(entrants, name or type(analysis.module).__name__)

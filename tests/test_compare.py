@@ -15,7 +15,7 @@ import tiny_models
 import torch
 
 import geofx
-from geofx import compare_fits, recipes
+from geofx import compare_fits, compare_run, recipes
 from geofx.analysis import Analysis
 from geofx.cache import Cache, default_folder, digest
 from geofx.compare_run import compare_analysis
@@ -333,6 +333,21 @@ def test_a_region_that_cannot_be_fitted_stays_dense_with_a_reason(
     planned = row_of(made, "low_rank", "planned")
     assert planned.figures is None or planned.rewritten <= 2
     assert planned.notes
+
+
+def test_what_failed_by_accident_is_tried_again(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("geofx.compare_run.verify", lambda *_: (_ for _ in ()).throw(OSError("a full disk")))
+        patch.setattr(compare_run._Run, "_original", lambda _: (Figures(1, 1, 1, 1.0), 0))
+        assert row_of(run(analysis, tmp_path), "low_rank").notes == ("OSError: a full disk",)
+    assert row_of(run(analysis, tmp_path), "low_rank").figures is not None
+
+
+def test_a_comparison_of_nothing_is_refused(analysis: Analysis, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        run(analysis, tmp_path, formats="none")
 
 
 def test_methods_that_have_no_model_say_why(
