@@ -93,10 +93,9 @@ def frontier_of(
         except BudgetInfeasibleError as error:
             if error.best is not None:
                 plans.append((share, error.best))
+            analysis.progress("frontier", len(every), len(every))
             break
-        finally:
-            analysis.progress("frontier", len(plans), len(every))
-    analysis.progress("frontier", len(every), len(every))
+        analysis.progress("frontier", len(plans), len(every))
     tokens, points = 0, []
     for share, plan in plans:
         fidelity = analysis.apply(plan).fidelity if share in held else None

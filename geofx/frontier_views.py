@@ -20,7 +20,7 @@ AXES = {"size": "MB (10⁶ bytes)", "flops": "M flops per token", "parameters": 
 
 
 def frontier_table(frontier: Frontier) -> Iterator[RenderableType]:
-    """One row per point, the model as it was first."""
+    """One row per point, the model as it was first; then what was measured."""
     dense = frontier.dense
     if frontier.model:
         yield Text(plain(frontier.model), style="bold")
@@ -30,20 +30,31 @@ def frontier_table(frontier: Frontier) -> Iterator[RenderableType]:
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     for name in ("share", "kept", "bytes", "numbers", "linear", "flops", "rewritten", "predicted"):
         table.add_column(name, justify="right", no_wrap=True)
-    if frontier.is_measured:
-        table.add_column("measured", justify="right", no_wrap=True)
-        table.add_column("KL", justify="right", no_wrap=True)
     linear = in_count(frontier.points[0].linear_parameters + dense.parameters - frontier.points[0].parameters)
     first = ("dense", in_percent(1.0), in_bytes(dense.bytes), in_count(dense.parameters), linear)
     table.add_row(*first, in_count(dense.flops), "0", in_loss(0.0))
     for point in frontier.points:
-        measured = (point.loss_increase, point.kl) if frontier.is_measured else ()
-        cells = [ABSENT if value is None else in_loss(value) for value in measured]
-        table.add_row(*_cells(point), *cells)
+        table.add_row(*_cells(point))
     yield table
+    if frontier.is_measured:
+        yield _measured_table(frontier)
     last = frontier.points[-1]
     if last.kept > last.share:
         yield Text(f"No plan keeps less than {in_percent(last.kept)}.", style="dim")
+
+
+def _measured_table(frontier: Frontier) -> Table:
+    """Predicted beside measured, in a table of its own: both would not fit a line of 80 characters."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    for name in ("share", "kept", "predicted", "measured", "KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in frontier.points:
+        if point.loss_increase is not None:
+            kl = ABSENT if point.kl is None else in_loss(point.kl)
+            losses = in_loss(point.predicted_loss), in_loss(point.loss_increase), kl
+            table.add_row(in_percent(point.share), in_percent(point.kept), *losses)
+    return table
 
 
 def _cells(point: Point) -> tuple[str, ...]:

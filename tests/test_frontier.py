@@ -76,7 +76,7 @@ def test_the_file_round_trips_and_a_damaged_one_names_the_field(measured: Fronti
 
 
 def text_of(frontier: Frontier) -> str:
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=80)
     for part in frontier_table(frontier):
         console.print(part)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -86,7 +86,8 @@ def test_the_table_and_the_chart(measured: Frontier, tmp_path: Path) -> None:
     lines = text_of(measured).splitlines()
     assert lines[0].strip() == "tiny"
     assert any(line.startswith("dense") or " dense " in line for line in lines)
-    assert sum("%" in line for line in lines) == 4, "dense and three points"
+    assert sum("%" in line for line in lines) == 6, "dense and three points, two of them measured"
+    assert "…" not in text_of(measured)
     draw_frontier(measured, tmp_path / "frontier.svg")
     drawn = (tmp_path / "frontier.svg").read_text()
     assert f"measured on {measured.tokens} tokens" in drawn
