@@ -15,6 +15,9 @@ from geofx.report_rows import Cell, heat_map, plain
 INK = "#010203"
 """Drawn with this, shown with the page's own colour of text."""
 
+TRUNCATED = ("low_rank", "gauge_fixed")
+"""Formats whose rank is where the spectrum is cut; the rank of others counts something else."""
+
 SMALL_MULTIPLES = 12
 COLUMNS = 4
 LABEL_LENGTH = 36
@@ -130,7 +133,7 @@ def _draw_spectra(figures: Any, rows: Sequence[RegionRow]) -> Any:
         squares = np.maximum(np.asarray(row.spectrum) / row.spectrum[0], 1e-12)
         ranks = np.linspace(1, min(row.shape) if row.shape else len(squares), len(squares))
         axes.plot(ranks, np.log10(squares), color="#2b7bba", linewidth=1.2)
-        if row.rank is not None:
+        if row.rank is not None and row.factorization in TRUNCATED:
             axes.axvspan(row.rank, ranks[-1], color="#d9534f", alpha=0.15, linewidth=0)
             axes.axvline(row.rank, color="#d9534f", linewidth=0.8)
         title = _short(row.name.removesuffix(".weight"))

@@ -42,8 +42,10 @@ def region_table(report: Report, most: int) -> Table:
     """The rewritten regions with the largest predicted loss."""
     rewritten = [row for row in report.regions if row.factorization != "dense"]
     dearest = sorted(rewritten, key=lambda row: row.loss or 0.0, reverse=True)[:most]
-    table = _table("region", "form", "rank", "kept", "predicted loss", "99 % rank")
-    table.columns[1].no_wrap = True
+    table = _table("region", "form", "rank", "kept", "predicted\nloss", "99 %\nrank")
+    table.columns[0].min_width = 20  # so that the figures fit a line of 80 characters beside it
+    for column in table.columns[1:4]:
+        column.no_wrap = True
     table.title = f"{len(rewritten)} of {len(report.regions)} regions rewritten; the {len(dearest)} dearest"
     for row in dearest:
         rank = "" if row.rank is None else str(row.rank)

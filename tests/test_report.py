@@ -20,7 +20,7 @@ from geofx.report import CalibrationCard, Measured, RegionRow, Report, Stage
 from geofx.report_figures import heat_map_svg, spectra_svg, stages_svg
 from geofx.report_html import report_html
 from geofx.report_rows import comparison, heat_map, in_bytes, in_count, in_loss, in_seconds, plain
-from geofx.report_table import report_tables
+from geofx.report_table import region_table, report_tables
 
 EVIL = "<img src=x onerror=alert(1)>\x1b]8;;http://evil\x07$x$"
 
@@ -162,6 +162,25 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_every_figure_of_a_region_is_there_on_a_line_of_80_characters() -> None:
+    report = example("model.layers.11.self_attn.q_proj.weight")
+    row = dataclasses.replace(report.regions[0], factorization="low_rank_plus_sparse", rank=1024)
+    row = dataclasses.replace(row, kept_ratio=1.0, loss=1.23e-07, rank_99=1024)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(region_table(dataclasses.replace(report, regions=(row,)), 12))
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("low_rank_plus_sparse", "1024", "100.0 %", "1.23e-07", "1024 │"):
+        assert text in written
+
+
+def test_a_spectrum_is_shaded_only_where_a_rank_cuts_it() -> None:
+    row = example().regions[0]
+    monarch = dataclasses.replace(row, factorization="monarch")
+    shaded = "#d9534f"
+    assert shaded in spectra_svg(dataclasses.replace(example(), regions=(row,)))
+    assert shaded not in spectra_svg(dataclasses.replace(example(), regions=(monarch,)))
 
 
 def test_row_123_names_are_escaped_in_html() -> None:
