@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,20 @@ def inputs_of(program: Program, batch: Batch) -> Batch:
                 fix="use the model's own tokenizer",
             )
     return inputs
+
+
+@contextmanager
+def of_the_data(where: str) -> Iterator[None]:
+    """What a model raises on a batch, of another shape than it was traced with, is an error of the data.
+
+    Raises:
+        CalibrationError: names the batch.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        what = f"the model cannot run on this batch: {(str(error).splitlines() or [''])[0]}"
+        raise CalibrationError(what, where=where, fix="pass inputs like those it was traced with") from error
 
 
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geofx.batches import Batch, inputs_of
+from geofx.batches import Batch, inputs_of, of_the_data
 from geofx.errors import NumericsError
 from geofx.objective import (
     NextToken,
@@ -110,6 +110,7 @@ def verify(
 
     Raises:
         NumericsError: the optimized program gives values that are not finite.
+        CalibrationError: the original cannot run on a batch.
     """
     sums, held = _Sums(), list(batches)
     reference = original if isinstance(original, Reference) else Reference(original, limit=0)
@@ -117,7 +118,9 @@ def verify(
     with torch.no_grad(), reference.program.buffers_kept(), optimized.buffers_kept():
         for done, batch in enumerate(held):
             inputs = inputs_of(reference.program, batch)
-            _compare(sums, reference(batch), optimized(**inputs), batch | inputs, objective)
+            with of_the_data(f"held-out batch {done}"):
+                before = reference(batch)
+            _compare(sums, before, optimized(**inputs), batch | inputs, objective)
             progress("verify", done + 1, len(held))
     return _fidelity(sums, objective, parameter_mae)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from geofx.batches import Batch, inputs_of, select_rows, token_mask
+from geofx.batches import Batch, inputs_of, of_the_data, select_rows, token_mask
 from geofx.errors import CalibrationError
 from geofx.linalg import FULL_DECOMPOSITION_LIMIT, add_gram, fill_lower
 from geofx.moments import UNITS, Mode, Moments
@@ -78,7 +78,7 @@ class Recorder(fx.Interpreter):
         self.lookup_gradients: dict[str, Tensor] = {}
         self.lookup_energies: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
-        self.terms, self.seen_rows = 0.0, 0
+        self.terms, self.seen_rows, self.batches = 0.0, 0, 0
         self.dropped: dict[str, int] = {}
         self.last_bad = ""
         self.is_mutating = any(_writes_in_place(node) for node in program.graph.nodes)
@@ -105,6 +105,7 @@ class Recorder(fx.Interpreter):
         """Add one batch, or the rows of it that stay finite."""
         rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
         self.seen_rows += rows
+        self.batches += 1
         while True:
             try:
                 return self._add_finite(batch)
@@ -125,7 +126,8 @@ class Recorder(fx.Interpreter):
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
             try:
-                output = self.run(*inputs.values())
+                with of_the_data(f"calibration batch {self.batches - 1}"):
+                    output = self.run(*inputs.values())
             finally:
                 self.env = {}  # its values' hooks hold this object: autograd would keep both for ever
             self._require_no_nan(*flat_tensors(output))
