@@ -149,12 +149,15 @@ class Report:
         )
 
     def after_recovery(self, fidelity: Any, history: Iterable[Mapping[str, float]]) -> Report:
-        """The report with what was measured after a training, and how that went."""
+        """The report with what was measured after a training, on what, and how that went."""
         return replace(
             self.with_measured(
                 original={"loss": fidelity.loss_original}, optimized={"loss": fidelity.loss_optimized}
             ),
             fidelity=asdict(fidelity),
+            notes=tuple(
+                dict.fromkeys((*self.notes, f"after the recovery it was measured on {fidelity.data}"))
+            ),
             recovery=(*self.recovery, *history),
         )
 
