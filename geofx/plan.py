@@ -25,7 +25,7 @@ from geofx.choice import (
     require_disjoint,
     require_fits,
 )
-from geofx.errors import ArtifactMismatchError, ConfigError, PlanError
+from geofx.errors import ArtifactError, ArtifactMismatchError, ConfigError, PlanError
 from geofx.factorizations import Dense, Factorization
 from geofx.patterns import nearest
 from geofx.region import Region
@@ -148,8 +148,16 @@ class Plan:
         return fresh if same else plan._with(choices, SolverReport("edited"))
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON text to ``path``."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON text to ``path``.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            what = f"the plan cannot be written: {error.strerror}"
+            raise ArtifactError(what, where=str(path), fix="choose another place") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
