@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
 from geofx.cli_taxonomy import taxonomy
 from geofx.environment import version_of
-from geofx.errors import GeofxError, ResourceError
+from geofx.errors import ArtifactError, GeofxError, ResourceError
 from geofx.report_rows import plain
 from geofx.report_table import report_tables
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         code = app(given, prog_name="geofx", standalone_mode=False)
+        sys.stdout.flush()
     except (GeofxError, MemoryError) as error:
         return _failed(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        return _failed(_of_system(error))
     except Exception as error:
         return _failed(error) if _out_of_memory(error) else _other(error)
     if code == INTERRUPTED:
@@ -78,6 +82,14 @@ def _failed(error: BaseException) -> int:
         error = ResourceError("out of memory", fix=fix)
     show_error(error)
     return error.exit_code
+
+
+def _of_system(error: OSError) -> GeofxError:
+    """A full disk behind stdout, or a file that cannot be used and that no command has looked at before."""
+    what, where = f"the system refuses: {error.strerror or error}", str(error.filename or "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(what, where=where, fix="free some space")
+    return ArtifactError(what, where=where, fix="--verbose shows where it failed")
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

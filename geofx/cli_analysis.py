@@ -10,20 +10,15 @@ from geofx.analysis import Analysis
 from geofx.api import analyze, load_analysis
 from geofx.charts import check_chart
 from geofx.cli_console import ConsoleProgress
-from geofx.errors import ConfigError
 from geofx.folder import check_files, check_target
 from geofx.sources import Source, tokenizer_files
 
 
-def check_written(output: Path | None, chart: Path | None, analysis: Path | None, what: str) -> bool:
+def check_written(output: Path | None, chart: Path | None, analysis: Path | None) -> bool:
     """Whether the analysis is there already; raises where it, or a file, could not be written later."""
-    check_files(output)
+    check_files(output, chart)
     if chart is not None:
         check_chart(chart)
-        if output is not None and chart.resolve() == output.resolve():
-            raise ConfigError(
-                f"the chart and the {what} are one file", where=str(chart), fix="give two files"
-            )
     if analysis is None or analysis.exists():
         return analysis is not None
     check_target(analysis)

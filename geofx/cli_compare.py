@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
     shares = options.shares_of(keep)
-    kept = check_written(output, chart, analysis, "comparison")
+    kept = check_written(output, chart, analysis)
     options.check_data(text, data, holdout, needed=not kept)
     with working() as progress:
         with progress.step("load"):

@@ -46,7 +46,7 @@ def frontier(
     as_json: options.Json = False,
 ) -> None:
     """Show what each size of MODEL would lose, from one analysis."""
-    kept = check_written(output, chart, analysis, "frontier")
+    kept = check_written(output, chart, analysis)
     wanted, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
     options.check_data(text, data, holdout, needed=mode != "data_free" and not kept)
     with working() as progress:

@@ -14,7 +14,7 @@ from geofx.analysis import Analysis
 from geofx.api import optimize_analysis
 from geofx.cli_analysis import check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
-from geofx.folder import check_files, check_target, write_file
+from geofx.folder import check_files, check_target, real_folder, write_file
 from geofx.model import OptimizedModel
 from geofx.plan import Plan
 from geofx.report_html import report_html
@@ -89,7 +89,7 @@ def plan(
 ) -> None:
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
-    kept = check_written(None if dry_run else output, None, analysis, "plan")
+    kept = check_written(None if dry_run else output, None, analysis)
     options.check_data(text, data, None, needed=mode != "data_free" and not kept)
     with working() as progress:
         with progress.step("load"):
@@ -133,6 +133,8 @@ def apply(
     check_target(output, overwrite=overwrite)
     check_files(html)
     options.check_data(text, data, holdout, needed=mode != "data_free" and analysis is None)
+    if analysis is not None:
+        real_folder(analysis)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)

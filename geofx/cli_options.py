@@ -16,6 +16,7 @@ from geofx.patterns import matching
 from geofx.sources import Source, call_named
 from geofx.text import WINDOW_TOKENS as WINDOW_TOKENS
 from geofx.text import Texts, python_text, require_file, windows
+from geofx.trace import forward_names
 
 CALIBRATION_TOKENS = 24576
 BATCH_ROWS = 2
@@ -142,14 +143,22 @@ def corpus(text: str) -> Texts:
 
 
 def example_of(source: Source, calibration: Any) -> Any:
-    """Inputs to trace with where there is no calibration data; None where there is."""
+    """Inputs to trace with where there is no calibration data; None where there is.
+
+    Raises:
+        ConfigError: the model says none that it takes.
+    """
     if calibration is not None:
         return None
     if source.tokenizer is not None:
         ids = source.tokenizer("An example to trace with.")["input_ids"]
         rows = torch.tensor([ids, ids])
         return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-    return getattr(source.model, "dummy_inputs", None)
+    made = getattr(source.model, "dummy_inputs", None) or {}
+    if not set(made) & set(forward_names(source.model)):
+        fix = "give --data module:function; its first batch is traced with"
+        raise ConfigError("there are no inputs to trace the model with", where=source.description, fix=fix)
+    return made
 
 
 def _batches(source: Source, texts: Texts, tokens: int, length: int) -> list[Batch]:

@@ -20,6 +20,7 @@ from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx_runtime import OnnxRunner
+from geofx.export.staging import target_file
 from geofx.folder import check_files, write_file
 from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
@@ -79,9 +80,14 @@ def export(
     """
     if onnx is None and torchscript is None:
         raise ConfigError("nothing to export to", fix="give --onnx PATH or --torchscript PATH")
+    for path, suffix in ((onnx, ".onnx"), (torchscript, ".pt")):
+        if path is not None:
+            target_file(path, suffix)
     made: dict[str, Any] = {}
     with working():
         result = load(saved, module=None if original is None else load_source(original).model)
+        if torchscript is not None and result.module is None and result.rebuild is None:
+            raise ConfigError("TorchScript needs the model's own class", fix="give --original MODEL")
         if onnx is not None:
             made["onnx"] = _fields(result.to_onnx(onnx))
         if torchscript is not None:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from filelock import FileLock, Timeout
 
 from geofx import strict_json
-from geofx.errors import ArtifactError, ResourceError
+from geofx.errors import ArtifactError, ConfigError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,19 @@ def check_target(path: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def check_files(*paths: Path | None) -> None:
-    """Raises ArtifactError, before long work, where `write_file` would; None is no path."""
-    for path in filter(None, paths):
+    """What can be checked before long work; None is no path.
+
+    Raises:
+        ArtifactError: `write_file` would raise it.
+        ConfigError: two of them are one file.
+    """
+    given = [path for path in paths if path is not None]
+    for path in given:
         with _typed_errors(path, 0):
             _check_file(path)
+    if len({_resolve(path) for path in given}) < len(given):
+        names = " and ".join(path.name for path in given)
+        raise ConfigError(f"{names} are one file", where=str(given[0]), fix="give two files")
 
 
 def _check_file(path: Path) -> None:
@@ -144,7 +153,9 @@ def _check_replaceable(target: Path, mode: int, overwrite: bool) -> None:
             "the folder holds files that geofx did not write", where=str(target), fix="choose another"
         )
     if not overwrite:
-        raise ArtifactError("the folder holds a saved model", where=str(target), fix="pass overwrite=True")
+        raise ArtifactError(
+            "the folder holds a saved model", where=str(target), fix="pass overwrite=True, or --overwrite"
+        )
     strange = sorted(names - {MANIFEST} - _names_in(target / MANIFEST))
     if strange:
         what = f"the folder also holds {strange[0]!r}, which geofx did not write"

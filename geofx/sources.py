@@ -20,6 +20,7 @@ from torch import nn
 
 from geofx.artifact import check_file_name
 from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError
+from geofx.folder import MANIFEST
 from geofx.gguf_header import require_sound_gguf
 from geofx.text import longest_sequence
 
@@ -239,6 +240,12 @@ def _load_gguf(path: Path) -> Source:
 
 
 def _load_folder(path: Path) -> Source:
+    if (path / MANIFEST).is_file():
+        raise ConfigError(
+            "the folder holds what geofx saved, not a model to start from",
+            where=path.name,
+            fix="give the original model; geofx inspect, export, eval and bench take this folder",
+        )
     if not (path / "config.json").is_file():
         raise ConfigError(
             "no config.json in the folder", where=path.name, fix="give a Hugging Face model folder"

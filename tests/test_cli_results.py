@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import tiny_models
 import torch
 
 import geofx
+import geofx.sources
 from geofx import cli_optimize, cli_results
 from geofx.bench_inputs import bench_inputs
 from geofx.cli import main
-from geofx.errors import CaptureError, ConfigError
+from geofx.errors import CalibrationError, CaptureError, ConfigError
 from geofx.sources import Source
 from geofx.trace import trace
 from geofx.verify import Fidelity
@@ -25,6 +27,7 @@ FUNCTIONS = """
 import torch
 def model(): return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
 def batches(): return [torch.randn(16, 6) for _ in range(4)]
+def ragged(): return [torch.randn(16, 6), torch.randn(16, 6), torch.randn(16, 5), torch.randn(16, 6)]
 def broken(): return {}["a key of the user's"]
 def lazy():
     yield torch.randn(8, 6)
@@ -98,6 +101,58 @@ def test_files_that_cannot_be_written_are_refused_before_work(
     }
     assert main([kind, *arguments[kind]]) == 6
     assert "parent folder does not exist" in capsys.readouterr().err or place == "folder"
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, message: str, *arguments: str) -> None:
+    assert main(list(arguments)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "bug in geofx" not in error
+
+
+def test_what_a_command_cannot_do_is_said_before_work_and_in_its_own_words(
+    functions: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, model, data = str(saved("mlp", Path("out"))), f"{functions}:model", f"{functions}:batches"
+    to_model = ["--size", "0.9", "--data", data]
+    refused(capsys, 6, "--overwrite", "optimize", model, "-o", path, *to_model)
+    refused(capsys, 2, "what geofx saved", "optimize", path, "-o", "new", *to_model)
+    free = ["--size", "0.9", "--mode", "data_free"]
+    refused(capsys, 2, "give --data", "optimize", model, "-o", "new", *free)
+    refused(capsys, 2, "one file", "inspect", path, "--html", "a.html", "--graph", "./a.html")
+    refused(capsys, 2, "give --original", "export", path, "--onnx", "a.onnx", "--torchscript", "a.pt")
+    refused(capsys, 2, "does not exist", "export", path, "--onnx", "a.onnx", "--torchscript", "no/a.pt")
+    assert not Path("a.onnx").exists()
+    (Path("p.json")).write_text("{}")
+    monkeypatch.setattr(cli_optimize.Plan, "load", lambda path: None)
+    monkeypatch.setattr(cli_optimize, "load_source", lambda name: pytest.fail("work began"))
+    refused(capsys, 6, "no folder", "apply", model, "p.json", "-o", "new", "--analysis", "none")
+
+
+def test_batches_of_another_shape_are_named(functions: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert optimize(functions, "model", "ragged") == 4
+    message = capsys.readouterr().err
+    assert "cannot run on this batch" in message
+    assert "calibration batch 2" in message
+    model = geofx.sources.load_source(f"{functions}:model").model
+    good = [torch.randn(8, 6) for _ in range(3)]
+    with pytest.raises(CalibrationError, match="held-out batch 1"):
+        geofx.optimize(model, geofx.Budget(size=0.9), calibration=good, holdout=[good[0], torch.randn(8, 3)])
+
+
+class Full(io.StringIO):
+    """A stream to a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_behind_stdout_is_a_plain_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(["doctor", "--json"]) == 8
+    assert "free some space" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_late_is_a_plain_error(

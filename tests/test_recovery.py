@@ -242,6 +242,7 @@ def test_parameters_that_the_outputs_do_not_read_stay_as_they_are() -> None:
     losses = [row["validation"] for row in after.report.recovery]
     assert min(losses) < losses[0]
     assert torch.equal(after.to_module().unused.bias, model.unused.bias)
+    assert after.report.notes[-1].endswith("the batches that the best state was chosen on")
 
 
 def test_an_original_in_training_mode_teaches_without_its_dropout() -> None:
