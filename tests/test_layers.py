@@ -29,14 +29,15 @@ LAYERS = (
     "geofx.cache geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects geofx.charts geofx.frontier geofx.frontier_views",
     "geofx.huggingface geofx.pretrained",
-    "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space",
+    "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
+    "geofx.generated_text",
     "geofx.passes",
     "geofx.objective",
     "geofx.batches",
     "geofx.trace",
     "geofx.program geofx.annotations",
     "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options geofx.screening "
-    "geofx.method geofx.recipes geofx.papers",
+    "geofx.method geofx.recipes geofx.papers geofx.effort",
     "geofx.cost_models",
     "geofx.workload",
     "geofx.factorizations geofx.ops",
