@@ -74,18 +74,34 @@ class FactorizedLayer(nn.Module):
         leaf: str = "weight",
     ) -> None:
         nn.Module.__init__(self)
-        self.factorization, self.transposed = factorization, transposed
+        self.transposed, self.leaf, self._attributes = transposed, leaf, dict[str, str]()
         belonging = {name: part for name, part in factors.items() if _belongs(name, site, factors)}
         own = {name.partition("@")[0]: part for name, part in belonging.items()}
-        self.leaf, self._attributes = leaf, {name: f"{leaf}_{name}" for name in own}
-        for name, value in own.items():
+        self.become(factorization, own, trainable=trainable)
+
+    def become(
+        self,
+        factorization: Factorization,
+        factors: Factors,
+        static: Iterable[str] = (),
+        *,
+        trainable: bool = True,
+    ) -> None:
+        """Hold these factors in the place of those that are held; the ``static`` ones are buffers."""
+        for attribute in self._attributes.values():
+            delattr(self, attribute)
+        self.factorization, self._attributes = (
+            factorization,
+            {name: f"{self.leaf}_{name}" for name in factors},
+        )
+        for name, value in factors.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(self._attributes[name], value)
-            elif value.is_floating_point():
+            elif value.is_floating_point() and name not in static:
                 parameter = nn.Parameter(value.detach().clone(), requires_grad=trainable)
                 self.register_parameter(self._attributes[name], parameter)
             else:
-                self.register_buffer(self._attributes[name], value.clone())
+                self.register_buffer(self._attributes[name], value.detach().clone())
 
     @property
     def factors(self) -> dict[str, Tensor]:

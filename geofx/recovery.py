@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from geofx.batches import Batch
 from geofx.cache import Cache, digest
 from geofx.checkpoint import Checkpoint, Progressed, Tensors
 from geofx.errors import ConfigError, NumericsError
-from geofx.factorizations import Factored, Unfolding, factor_name
-from geofx.factorized_module import FactorizedLayer
+from geofx.factorizations import Factored, Factorization, Factors, Unfolding
+from geofx.factorized_module import FactorizedLayer, FactorizedLinear
 from geofx.objective import Objective
 from geofx.progress import Progress, log_progress
 from geofx.trace import evaluating
@@ -35,8 +34,9 @@ class Recovery:
     """argmin over the factors of E[D(original(x), optimized(x))], by stochastic gradients.
 
     D is the KL divergence of the next token where the model predicts tokens, the relative squared error of
-    the outputs elsewhere (Hinton, Vinyals and Dean, 2015). Ranks stay as they are. Of a projection of the
-    inputs, ESPACE's, P stays and W is trained whole; W P is folded at the end (Sakr and Khailany, 2024).
+    the outputs elsewhere (Hinton, Vinyals and Dean, 2015). Ranks stay as they are. A format that is
+    `Unfolding` is trained as another form of the same maps: gauge-fixed low rank as L R, a projection of the
+    inputs with W whole (Sakr and Khailany, 2024).
 
     Attributes:
         student: the rewritten model; its factors are changed in place.
@@ -152,19 +152,20 @@ class Recovery:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The factors, and the vectors where they are asked for; all else is frozen."""
-        factors = {name for factored in self.rewrites.values() for name in factored.attributes.values()}
-        static = {
-            factor_name(factored.weights, factored.factorization.static)
+        layers = {id(part) for layer in _layers(self.student) for part in layer.parameters(recurse=False)}
+        biases = {id(layer.bias) for layer in _layers(self.student) if isinstance(layer, FactorizedLinear)}
+        factors = {
+            attribute
             for factored in self.rewrites.values()
-            if isinstance(factored.factorization, Unfolding)
+            for name, attribute in factored.attributes.items()
+            if name not in _static(factored.factorization)
         }
         found = {}
         for name, part in self.student.named_parameters():
-            plain = _plain(name)
-            wanted = plain in factors - static or (self.training.vectors and part.dim() == 1)
-            part.requires_grad_(wanted)
-            if wanted:
-                found[plain] = part
+            is_factor = name in factors or id(part) in layers - biases
+            part.requires_grad_(is_factor or (self.training.vectors and part.dim() == 1))
+            if part.requires_grad:
+                found[name] = part
         return found
 
     def _order(self, count: int) -> Callable[[int], int]:
@@ -193,47 +194,36 @@ def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without what torch's parametrizations add to it."""
-    return name.replace("parametrizations.", "").removesuffix(".original")
+def _static(form: Factorization) -> frozenset[str]:
+    return form.static if isinstance(form, Unfolding) else frozenset()
 
 
-class _Projected(nn.Module):
-    """W -> W P, as torch's parametrizations write it."""
-
-    def __init__(self, form: Unfolding, factors: Mapping[str, Tensor], whole: Tensor) -> None:
-        super().__init__()
-        self.form, self.whole = form, whole.detach().clone()
-        self.static = factors[form.static].detach()
-
-    def forward(self, whole: Tensor) -> Tensor:
-        return self.form.fold(whole, self.static)
-
-    def right_inverse(self, _: Tensor) -> Tensor:
-        return self.whole
+def _layers(student: nn.Module) -> Iterator[FactorizedLayer]:
+    return (layer for layer in student.modules() if isinstance(layer, FactorizedLayer))
 
 
 @contextmanager
 def _unfolded(student: nn.Module, whole: Mapping[str, Tensor]) -> Iterator[None]:
-    """Layers of formats that train a weight whole do so for as long as the context lasts."""
-    layers = list(_unfolding(student, whole))
-    for layer, form, attribute, weight in layers:
-        dense = weight.t() if layer.transposed else weight
-        part = _Projected(form, layer.factors, dense.to(getattr(layer, attribute)))
-        parametrize.register_parametrization(layer, attribute, part, unsafe=True)
+    """Layers of formats that are trained as another one are of that as long as the context lasts."""
+    found: list[tuple[FactorizedLayer, Unfolding, Factors, Factors]] = []
+    for path, layer in student.named_modules():
+        if isinstance(layer, FactorizedLayer) and isinstance(layer.factorization, Unfolding):
+            form, before = layer.factorization, _detached(layer.factors)
+            known = whole.get(f"{path}.{layer.leaf}", layer.weight).detach()
+            other, parts = form.unfold(before, known.t() if layer.transposed else known)
+            layer.become(other, parts, form.static)
+            found.append((layer, form, before, parts))
     try:
         yield
     finally:
-        for layer, _, attribute, _ in layers:
-            parametrize.remove_parametrizations(layer, attribute, leave_parametrized=True)
+        for layer, form, before, start in found:
+            trained = _detached(layer.factors)
+            moved = any(
+                not torch.equal(trained[name], part.to(trained[name])) for name, part in start.items()
+            )
+            layer.become(form, form.fold(trained) if moved else before)
 
 
-def _unfolding(
-    student: nn.Module, whole: Mapping[str, Tensor]
-) -> Iterator[tuple[FactorizedLayer, Unfolding, str, Tensor]]:
-    for path, layer in student.named_modules():
-        if isinstance(layer, FactorizedLayer) and isinstance(layer.factorization, Unfolding):
-            weight = whole.get(f"{path}.{layer.leaf}")
-            if weight is not None:
-                form = layer.factorization
-                yield layer, form, f"{layer.leaf}_{form.folded}", weight
+def _detached(factors: Factors) -> dict[str, Tensor]:
+    """The values of the factors."""
+    return {name: part.detach() for name, part in factors.items()}

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from geofx.errors import ConfigError
 from geofx.factorizations.blocks import whole
-from geofx.factorizations.contract import Factors, of_site, pair_ranks, require_rank, stored
+from geofx.factorizations.contract import Factorization, Factors, of_site, pair_ranks, require_rank, stored
 from geofx.geometry import GeometricForm, Subspace, Transformation
 from geofx.linalg import eigh_psd
 from geofx.region import Region, RegionKind
@@ -47,8 +47,7 @@ class ActivationSubspace:
     name: ClassVar[str] = "activation_subspace"
     regions: ClassVar[frozenset[RegionKind]] = frozenset({"single", "shared_input"})
     closed_form: ClassVar[bool] = False
-    static: ClassVar[str] = "projection"
-    folded: ClassVar[str] = "weight"
+    static: ClassVar[frozenset[str]] = frozenset({"projection"})
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
@@ -86,9 +85,13 @@ class ActivationSubspace:
         """(W P) Pᵀ."""
         return factors[of_site("weight", site)] @ factors["projection"]
 
-    def fold(self, whole: Tensor, static: Tensor) -> Tensor:
-        """W P, of a W that is trained whole."""
-        return whole @ static.T
+    def unfold(self, factors: Factors, dense: Tensor) -> tuple[Factorization, dict[str, Tensor]]:
+        """W whole, behind P: (x P Pᵀ) Wᵀ."""
+        return Projected(self.rank), {**factors, "weight": dense}
+
+    def fold(self, trained: Factors) -> dict[str, Tensor]:
+        """W P."""
+        return {**trained, "weight": trained["weight"] @ trained["projection"].T}
 
     def geometry(self, region: Region) -> GeometricForm:
         """One subspace, of the input: an orthogonal projection onto it, and back."""
@@ -104,6 +107,19 @@ class ActivationSubspace:
             return self.criterion
         usable = PLAIN if analysis.directions is None else PLAIN + NORMALISED
         return min(usable, key=lambda criterion: losses(analysis, criterion)[self.rank])
+
+
+class Projected(ActivationSubspace):
+    """`ActivationSubspace` as it is trained: ``weight`` is W (out, in)."""
+
+    def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
+        """(x P Pᵀ) Wᵀ."""
+        projected = functional.linear(x, factors["projection"]) @ factors["projection"]
+        return functional.linear(projected, factors["weight"])
+
+    def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
+        """W P Pᵀ."""
+        return factors["weight"] @ factors["projection"].T @ factors["projection"]
 
 
 def eigenbasis(analysis: RegionAnalysis, criterion: Criterion) -> Tensor:

@@ -110,18 +110,21 @@ class Narrowing(Protocol):
 
 @runtime_checkable
 class Unfolding(Protocol):
-    """What a format has besides that keeps the weight whole while it is trained, and one factor as it is.
+    """What a format has besides that is trained as another one of the same maps, and folded at the end."""
 
-    Attributes:
-        static: the factor that training leaves alone.
-        folded: the factor that is made of the whole weight and the static one.
-    """
+    static: ClassVar[frozenset[str]]
+    """Factors of that other form which training leaves alone."""
 
-    static: ClassVar[str]
-    folded: ClassVar[str]
+    def unfold(self, factors: Factors, dense: Tensor) -> tuple[Factorization, dict[str, Tensor]]:
+        """A form to train in the place of this one, and its factors; ``dense`` is the (out, in) weight."""
+        ...
 
-    def fold(self, whole: Tensor, static: Tensor) -> Tensor:
-        """The folded factor of a whole weight (out, in)."""
+    def fold(self, trained: Factors) -> dict[str, Tensor]:
+        """The factors of this format, of those of the other form.
+
+        Raises:
+            NumericsError: they cannot be had from them.
+        """
         ...
 
 

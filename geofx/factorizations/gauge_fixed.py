@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.errors import NumericsError
-from geofx.factorizations.contract import Factors, rank_grid, require_rank
+from geofx.factorizations.contract import Factorization, Factors, rank_grid, require_rank, stored
+from geofx.factorizations.low_rank import LowRank
 from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.linalg import eigh_psd
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -39,6 +41,7 @@ class GaugeFixed:
     name: ClassVar[str] = "gauge_fixed"
     regions: ClassVar[frozenset[RegionKind]] = frozenset({"single"})
     closed_form: ClassVar[bool] = True
+    static: ClassVar[frozenset[str]] = frozenset({"index"})
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
@@ -117,15 +120,41 @@ class GaugeFixed:
         """Rows P are B, the others C B."""
         basis, mix = factors["basis"], factors["mix"]
         rows = basis.shape[0] + mix.shape[0]
-        order = torch.arange(rows)
-        spanning = order[self.start : self.start + self.rank]
-        if self.rows == "pivoted":
-            order = torch.argsort(factors["index"])
-            spanning = order[: self.rank]
+        order = torch.arange(rows) if self.rows == "window" else torch.argsort(factors["index"].cpu())
+        spanning = self._spanning(factors, rows)
         dense = basis.new_empty(rows, basis.shape[1])
         others = order[~torch.isin(order, spanning)]
         dense[spanning], dense[others] = basis, mix @ basis
         return dense
+
+    def unfold(self, factors: Factors, dense: Tensor) -> tuple[Factorization, dict[str, Tensor]]:
+        """L R with LᵀL = R Rᵀ: a step on C would move all other outputs by as much as C is large."""
+        basis = factors["basis"].double()
+        identity = torch.eye(self.rank, dtype=basis.dtype, device=basis.device)
+        axes, upper = torch.linalg.qr(
+            self.to_dense({**factors, "basis": identity, "mix": factors["mix"].double()})
+        )
+        lifted = upper @ basis
+        squares, turned = eigh_psd(lifted @ lifted.T, "product of gauge-fixed factors")
+        roots = squares.clamp_min(torch.finfo(squares.dtype).eps * float(squares[0])) ** 0.25
+        parts = {"left": axes @ turned * roots, "right": turned.T @ lifted / roots[:, None]}
+        return LowRank(self.rank), {**self._index(factors), **stored(parts, factors["basis"])}
+
+    def fold(self, trained: Factors) -> dict[str, Tensor]:
+        """B = L_P R, C = L_P̄ L_P⁻¹ for the same rows P."""
+        left, right = trained["left"].double(), trained["right"].double()
+        spanning = self._spanning(trained, left.shape[0])
+        parts = {"basis": left[spanning] @ right, "mix": _mix(left, spanning.tolist())}
+        return {**self._index(trained), **stored(parts, trained["left"])}
+
+    def _spanning(self, factors: Factors, rows: int) -> Tensor:
+        """The outputs P, in the order of the rows of B."""
+        if self.rows == "window":
+            return torch.arange(self.start, self.start + self.rank)
+        return torch.argsort(factors["index"].cpu())[: self.rank]
+
+    def _index(self, factors: Factors) -> dict[str, Tensor]:
+        return {"index": factors["index"]} if self.rows == "pivoted" else {}
 
     def geometry(self, region: Region) -> GeometricForm:
         """Two subspaces of dimension r, the output's given as a graph over r of its coordinates."""
