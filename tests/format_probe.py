@@ -1,4 +1,4 @@
-"""What the tests of single formats share: ONNX Runtime beside the dense weight, and curvatures."""
+"""What the tests of single formats share: ONNX Runtime beside the dense weight, tensorly, curvatures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import pytest
+import tensorly
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from geofx.factorizations import Factorization, Factors, Lookup
 from geofx.factorizations.refine import Dense
 from geofx.region_analysis import Metric
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    """tensorly on torch's tensors, in every test of a file that imports this."""
+    with tensorly.backend_context("pytorch"):
+        yield
 
 
 class Applied(nn.Module):

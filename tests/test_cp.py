@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorly
 import torch
+from factorization_cases import random
 from format_probe import outputs_of
+from format_probe import torch_backend as torch_backend
 from tensorly.cp_tensor import CPTensor, cp_to_tensor
 from tensorly.decomposition import parafac
 from test_factorizations import analysis_of
@@ -18,16 +18,6 @@ from geofx.errors import PlanError
 from geofx.factorizations.contract import factored_loss
 from geofx.factorizations.cp import CP, alternate, best_of_starts, khatri_rao, orthogonal_terms
 from geofx.region_analysis import Metric
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with tensorly.backend_context("pytorch"):
-        yield
 
 
 def multiplied(factors: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factorization_cases import random
 from format_probe import Sizes, lookups_of, outputs_of
 from torch import Tensor
 
@@ -18,10 +19,6 @@ from geofx.linalg import root_and_inverse
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis
 from geofx.site import Site
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def analysis_of(weight: Tensor, shares: Tensor | None = None, scale: float = 1.0) -> RegionAnalysis:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorly
 import torch
+from factorization_cases import random
 from format_probe import outputs_of
+from format_probe import torch_backend as torch_backend
 from tensorly.decomposition import tensor_train_matrix
 from test_factorizations import analysis_of
-from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import factored_loss
@@ -23,16 +22,6 @@ from geofx.site import Site
 from geofx.workload import measure
 
 ROWS, COLUMNS = (4, 3, 2), (5, 2, 2)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with tensorly.backend_context("pytorch"):
-        yield
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (3, 2), (9, 3), (20, 4)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tensorly
 import torch
+from factorization_cases import random
 from format_probe import Sizes, lookups_of
 from tensorly.decomposition import tensor_train
 from test_factorizations import analysis_of
@@ -18,10 +19,6 @@ from geofx.region import Region
 from geofx.region_analysis import on_right
 from geofx.site import Site
 from geofx.workload import measure
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def region_of(rows: int, columns: int) -> Region:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorly
 import torch
+from factorization_cases import random
 from format_probe import outputs_of
+from format_probe import torch_backend as torch_backend
 from tensorly.decomposition import tucker
 from tensorly.tucker_tensor import tucker_to_tensor
 from test_factorizations import analysis_of
-from torch import Tensor
 
 from geofx.errors import PlanError
 from geofx.factorizations.contract import factored_loss
 from geofx.factorizations.tucker import Tucker, hooi
 from geofx.region_analysis import Metric
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def torch_backend() -> Iterator[None]:
-    with tensorly.backend_context("pytorch"):
-        yield
 
 
 @pytest.mark.parametrize("sweeps", [1, 3, 40])
