@@ -63,24 +63,24 @@ def analyse(
             if region.kind in OWN:
                 logger.warning("%s stays dense: %s", region.name, unseen.detail)
                 skips.append(unseen)
-            continue
-        weights = {site.weight: canonical_weight(program, site) for site in region.sites}
-        analysis = RegionAnalysis(
-            region,
-            weights,
-            MomentMetrics(weights, moments),
-            (known or {}).get(region.name),
-            _directions(region, moments),
-        )
-        try:
-            if region.has_spectrum:
-                _ = analysis.spectrum
-            found[region.name] = analysis
-        except NumericsError as error:
-            logger.warning("%s stays dense: %s", region.name, error)
-            skips.append(Skip(region.name, "SVD_FAILED", str(error)))
+        else:
+            try:
+                found[region.name] = _analysed(program, region, moments, (known or {}).get(region.name))
+            except NumericsError as error:
+                logger.warning("%s stays dense: %s", region.name, error)
+                skips.append(Skip(region.name, "SVD_FAILED", str(error)))
         progress("analyse", done + 1, len(todo))
     return found, skips
+
+
+def _analysed(program: Program, region: Region, moments: Moments, known: Spectrum | None) -> RegionAnalysis:
+    """The analysis, its spectrum found; raises NumericsError where it cannot be."""
+    weights = {site.weight: canonical_weight(program, site) for site in region.sites}
+    metrics = MomentMetrics(weights, moments)
+    analysis = RegionAnalysis(region, weights, metrics, known, _directions(region, moments))
+    if region.has_spectrum:
+        _ = analysis.spectrum
+    return analysis
 
 
 def _unseen(region: Region, moments: Moments) -> Skip | None:

@@ -276,9 +276,11 @@ def test_rows_41_and_57_a_site_without_tokens_stays_dense() -> None:
     assert empty.input_moment("w") is None
     _, program = program_of("mlp")
     moments = Moments(tokens={}, mode="forward")
-    found, skips = analyse(program, find_regions(program, sites_of(program)), moments)
+    regions, told = find_regions(program, sites_of(program)), list[tuple[str, int, int]]()
+    found, skips = analyse(program, regions, moments, progress=lambda *step: told.append(step))
     assert not found
     assert {skip.reason for skip in skips} == {"NO_CALIBRATION"}
+    assert told == [("analyse", done, len(regions)) for done in range(len(regions) + 1)]
 
 
 def test_in_place_changes_of_a_sites_input_do_not_reach_its_moments() -> None:
