@@ -9,7 +9,7 @@ from functools import cached_property
 from geofx.choice import Totals
 from geofx.comparison import Scope
 from geofx.factorizations import Dense, Factorization
-from geofx.options import Option
+from geofx.options import Option, uses_per_token
 from geofx.passes.count_flops import count_flops
 from geofx.program import Program
 from geofx.region import OWN, TABLES, Region, RegionKind
@@ -39,8 +39,7 @@ class Prices:
 
     def work(self, form: Factorization, region: Region) -> Workload:
         """Price of one form of one region, per token of the model."""
-        used = [self.rows.get(weight, 1.0) for weight in region.weights]
-        return measure(form, region).times(sum(used) / len(used))
+        return measure(form, region).times(uses_per_token(region, self.rows))
 
     @cached_property
     def dense(self) -> list[Option]:

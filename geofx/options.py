@@ -65,7 +65,7 @@ def list_options(
     def add(members: Iterable[type[Factorization]], among: Iterable[RegionAnalysis]) -> None:
         for analysis in among:
             for member in members:
-                found, skip = _options_of(member, analysis, _rows(analysis.region, rows))
+                found, skip = _options_of(member, analysis, uses_per_token(analysis.region, rows))
                 options.extend(found)
                 skips.extend(skip)
 
@@ -126,6 +126,6 @@ def _thinned(settings: list[tuple[Factorization, Workload]]) -> list[tuple[Facto
     return list(dict.fromkeys(nearest))
 
 
-def _rows(region: Region, rows_per_token: Mapping[str, float]) -> float:
-    """Mean over the sites: they are of one shape, or read one tensor."""
+def uses_per_token(region: Region, rows_per_token: Mapping[str, float]) -> float:
+    """How often a region is used per token: the mean over its weights, exact where all are used as often."""
     return sum(rows_per_token.get(weight, 1.0) for weight in region.weights) / len(region.weights)
