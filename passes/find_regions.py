@@ -19,7 +19,7 @@ def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
 
     ``shared_input``: linear sites that each run once, on the same tensor. ``gated_mlp``: a linear site and
     those whose outputs, one by one, make its inputs. ``stack``: linear sites with one role in several
-    layers; each two neighbours, and all of them.
+    layers; of more than two the first and second, the third and fourth and so on, and all of them.
     """
     every = list(sites)
     own = [Region(site.weight, _own_kind(site), (site,)) for site in every]

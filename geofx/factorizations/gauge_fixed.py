@@ -45,7 +45,7 @@ class GaugeFixed:
 
     @classmethod
     def candidates(cls, region: Region, analysis: RegionAnalysis) -> Iterator[Self]:
-        """Every rank below min(out, in): the form is smaller than the weight at each of them."""
+        """Ranks in even steps below min(out, in): the form is smaller than the weight at each of them."""
         rows, columns = region.site.shape
         kind: Rows = "window" if region.site.dtype in ("float32", "float64") else "pivoted"
         yield from (cls(rank, kind) for rank in rank_grid(min(rows, columns), min(rows, columns)))

@@ -96,7 +96,13 @@ class TokenMPS:
         return self, {_cores(part): rows.clone() for part, rows in enumerate(torch.split(packed, sizes))}
 
     def add_tokens(self, factors: Factors, rows: Tensor) -> tuple[Self, Factors]:
-        """This format with ``rows`` (n, in) after its last; the rows stored are neither read nor copied."""
+        """This format with ``rows`` (n, in) after its last; the rows stored are neither read nor copied.
+
+        The new cores are those of TT-SVD alone, also under ``"two_sided"``: a table keeps no metric.
+
+        Raises:
+            PlanError, NumericsError: ``rows`` are of another width or no numbers, or not finite.
+        """
         if rows.dim() != 2 or rows.shape[1] != self.columns or len(rows) == 0 or not rows.is_floating_point():
             raise PlanError(
                 f"new rows of shape {tuple(rows.shape)}, {rows.dtype}",
