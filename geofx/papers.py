@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paper:
-    """Authors, year and title; ``link`` is an arXiv number, or the venue where there is none."""
+    """Authors, year and title; ``link`` is an arXiv number, or the venue where there is none.
+
+    ``year`` is that of publication at the venue, as formats cite it; of a preprint alone its own.
+    """
 
     authors: str
     year: int
@@ -26,7 +29,7 @@ SVD = Paper(
 )
 SVD_LLM = Paper(
     "Wang, Zheng, Wan, Zhang",
-    2024,
+    2025,
     "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
     "arXiv:2403.07378",
 )
@@ -63,13 +66,13 @@ ESPACE = Paper(
 )
 KRONECKER_GPT = Paper(
     "Edalati, Tahaei, Rashid, Partovi Nia, Clark, Rezagholizadeh",
-    2021,
+    2022,
     "Kronecker Decomposition for GPT Compression",
     "arXiv:2110.08152",
 )
 KRONECKER_BERT = Paper(
     "Tahaei, Charlaix, Partovi Nia, Ghodsi, Rezagholizadeh",
-    2021,
+    2022,
     "KroneckerBERT: Learning Kronecker Decomposition for Pre-trained Language Models via Knowledge "
     "Distillation",
     "arXiv:2109.06243",
@@ -106,9 +109,9 @@ TT_GPT2 = Paper(
     "arXiv:2306.02697",
 )
 TT_EMBEDDING = Paper(
-    "Khrulkov, Hrinchuk, Mirvakhabova, Oseledets",
-    2019,
-    "Tensorized Embedding Layers for Efficient Model Compression",
+    "Hrinchuk, Khrulkov, Mirvakhabova, Orlova, Oseledets",
+    2020,
+    "Tensorized Embedding Layers",
     "arXiv:1901.10787",
 )
 TENSORGPT = Paper(
@@ -125,13 +128,13 @@ GROUP_REDUCE = Paper(
 )
 BASIS_SHARING = Paper(
     "Wang, Chen, Lin, Li, Zhang",
-    2024,
+    2025,
     "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression",
     "arXiv:2410.03765",
 )
 ALBERT = Paper(
     "Lan, Chen, Goodman, Gimpel, Sharma, Soricut",
-    2019,
+    2020,
     "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations",
     "arXiv:1909.11942",
 )
@@ -167,7 +170,7 @@ LOSPARSE = Paper(
 )
 CP = Paper(
     "Lebedev, Ganin, Rakhuba, Oseledets, Lempitsky",
-    2014,
+    2015,
     "Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition",
     "arXiv:1412.6553",
 )

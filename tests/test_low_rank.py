@@ -51,7 +51,7 @@ def svd(problem: Problem) -> Tensor:
 
 
 def svd_llm(problem: Problem) -> Tensor:
-    """SVD(W L) with L Lᵀ = Σ x xᵀ by Cholesky, Ŵ = U_r Σ_r V_rᵀ L⁻¹ (Wang et al. 2024)."""
+    """SVD(W L) with L Lᵀ = Σ x xᵀ by Cholesky, Ŵ = U_r Σ_r V_rᵀ L⁻¹ (Wang et al. 2025)."""
     lower = torch.linalg.cholesky(problem.inputs @ problem.inputs.T)
     return torch.linalg.solve_triangular(lower, truncated(problem.weight @ lower), upper=False, left=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from test_factorizations import random_analysis
 
 import geofx
+from geofx import recipes
 from geofx.cli import main
 from geofx.errors import ConfigError
 from geofx.factorizations import FACTORIZATIONS, Dense, GaugeFixed, LowRank
@@ -60,9 +62,22 @@ def test_every_format_has_a_row_and_a_paper(table: dict[str, TaxonomyRow]) -> No
 
 
 def test_citations_are_read_from_the_documentation() -> None:
-    assert {"Eckart and Young 1936", "Wang et al. 2024"} <= set(citations(LowRank))
+    assert {"Eckart and Young 1936", "Wang et al. 2025"} <= set(citations(LowRank))
     assert citations(GaugeFixed) == ("Zhao et al. 2025",)
     assert citations(Dense) == ()
+
+
+@pytest.mark.parametrize("recipe", recipes.all(), ids=lambda recipe: recipe.name)
+def test_formats_cite_a_recipes_paper_with_its_year(recipe: recipes.Recipe) -> None:
+    author = recipe.paper.authors.split(",")[0]
+    years = {
+        year
+        for member in recipe.formats
+        for cited in citations(member)
+        if cited.startswith(author)
+        for year in re.findall(r"\d{4}", cited)
+    }
+    assert not years or str(recipe.paper.year) in years
 
 
 def test_section_2_5(table: dict[str, TaxonomyRow]) -> None:

@@ -24,7 +24,7 @@ class LowRank:
 
     ``weighting`` says what stands for A and G, with p = ``power``, which the diagonal one alone reads:
 
-    * ``"input"``: A and I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2024).
+    * ``"input"``: A and I (DRONE, Chen et al. 2021; SVD-LLM, Wang et al. 2025).
     * ``"input_diagonal"``: diag(A)^p and I. ASVD (Yuan et al. 2023) scales inputs by mean|x_j|^α; here by
       the root mean square, (A_jj)^{α/2}, so p = α. FWSVD (Hsu et al. 2022) weights each input by its
       Fisher information Σ_i E[(∂ℓ/∂W_ij)²]; with x and g independent that is A_jj tr G, so p = 1.

@@ -24,7 +24,7 @@ WEIGHTINGS: tuple[Weighting, ...] = ("two_sided", "none")
 class SharedBasis:
     """argmin over R and all L_i of Σ_i tr(G_i (W_i - L_i R) A_i (W_i - L_i R)ᵀ); r (in + Σ out) numbers.
 
-    Basis Sharing (Wang et al., 2024), which takes one A for all layers and no G; here both are each
+    Basis Sharing (Wang et al., 2025), which takes one A for all layers and no G; here both are each
     layer's own. Starts from the truncation of the weights one below the other.
     """
 

@@ -29,8 +29,8 @@ SWEEPS, STEPS = 2, 4
 class TensorTrain:
     """Cores (r_{k-1}, m_k, n_k, r_k) over out = Π m_k - padding, m_k ``rows``, and in = Π n_k, ``columns``.
 
-    Matrix form: Oseledets (2011), Novikov et al. (2015), Liu et al. (2021); of an embedding, Khrulkov et al.
-    (2019), its vocabulary padded to Π m_k. Sites of a ``stack`` share all cores and have a matrix
+    Matrix form: Oseledets (2011), Novikov et al. (2015), Liu et al. (2021); of an embedding, Hrinchuk et al.
+    (2020), its vocabulary padded to Π m_k. Sites of a ``stack`` share all cores and have a matrix
     of their own in the middle, W_i = G₁ S_i G₂ (Wang et al. 2022); ``ranks`` are those of all bonds in order.
     """
 
