@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from geofx.linalg import (
-    FULL_DECOMPOSITION_LIMIT,
-    eigh_psd,
-    require_finite,
-    root_and_inverse,
-    shrink,
-    working_dtype,
-)
+from geofx.linalg import eigh_psd, require_finite, root_and_inverse, shrink, working_dtype
 from geofx.moments import Moments
 from geofx.region import Region
 from geofx.spectrum import Spectrum
@@ -49,7 +43,7 @@ class Metric:
     """‖ΔW‖² = tr(G ΔW A ΔWᵀ), with A (in, in) and G (out, out) shrunk, so positive definite.
 
     A side may be given by its diagonal alone, as a vector; None stands for the identity. ``scale`` turns the
-    form into the unit of the loss. ``blocks`` are those of a block-diagonal G: products with them are faster.
+    form into the unit of the loss. A block-diagonal G is given by its ``blocks``, in the place of ``output``.
     """
 
     input: Tensor | None = None
@@ -59,10 +53,7 @@ class Metric:
 
     def left(self, matrix: Tensor) -> Tensor:
         """G M for a matrix of out rows."""
-        if not self.blocks:
-            return on_left(self.output, matrix)
-        parts = torch.split(matrix, [len(block) for block in self.blocks])
-        return torch.cat([on_left(block, part) for block, part in zip(self.blocks, parts, strict=True)])
+        return by_blocks(self.blocks, matrix) if self.blocks else on_left(self.output, matrix)
 
     def gradient(self, change: Tensor) -> Tensor:
         """G ΔW A, in the dtype of ``change``: half the gradient of the loss, but for ``scale``."""
@@ -80,6 +71,12 @@ def on_left(moment: Tensor | None, matrix: Tensor) -> Tensor:
     if moment is None:
         return matrix
     return moment.to(matrix)[:, None] * matrix if moment.dim() == 1 else moment.to(matrix) @ matrix
+
+
+def by_blocks(blocks: Sequence[Tensor], matrix: Tensor) -> Tensor:
+    """M X for a block-diagonal M, each block whole or by its diagonal."""
+    parts = torch.split(matrix, [len(block) for block in blocks])
+    return torch.cat([on_left(block, part) for block, part in zip(blocks, parts, strict=True)])
 
 
 def on_right(matrix: Tensor, moment: Tensor | None) -> Tensor:
@@ -122,10 +119,13 @@ def _from_input_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor,
 
 
 def _from_output_side(weight: Tensor, metric: Metric, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    root, inverse = roots(metric.output, weight.shape[0], what)
-    lifted = root @ weight
+    if metric.blocks:
+        pairs = [root_and_inverse(block, f"second moment at {what}") for block in metric.blocks]
+    else:
+        pairs = [roots(metric.output, weight.shape[0], what)]
+    lifted = by_blocks([root for root, _ in pairs], weight)
     squares, vectors = eigh_psd(on_right(lifted, metric.input) @ lifted.T, what)
-    return inverse @ vectors, vectors.T @ lifted, squares
+    return by_blocks([inverse for _, inverse in pairs], vectors), vectors.T @ lifted, squares
 
 
 def roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]:
@@ -138,19 +138,22 @@ def roots(matrix: Tensor | None, size: int, what: str) -> tuple[Tensor, Tensor]:
 
 
 class Recent:
-    """The last results of a function of a tensor, told by identity: sites of one input follow one another."""
+    """The last results of a function of an object, told by identity: sites of one input follow one another.
+
+    Only the results are kept alive, not what they are of.
+    """
 
     def __init__(self, function: Callable[..., Any], size: int = 2) -> None:
         self._function = function
-        self._kept: deque[tuple[Tensor, Any]] = deque(maxlen=size)
+        self._kept: deque[tuple[ref[Any], Any]] = deque(maxlen=size)
 
-    def __call__(self, tensor: Tensor, *rest: Any) -> Any:
-        """``function(tensor, *rest)``; with one tensor the rest is the same every time, but for messages."""
+    def __call__(self, item: Any, *rest: Any) -> Any:
+        """``function(item, *rest)``; with one item the rest is the same every time, but for messages."""
         for known, result in self._kept:
-            if known is tensor:
+            if known() is item:
                 return result
-        result = self._function(tensor, *rest)
-        self._kept.append((tensor, result))
+        result = self._function(item, *rest)
+        self._kept.append((ref(item), result))
         return result
 
 
@@ -184,8 +187,10 @@ class RegionAnalysis:
 
         Sites of a ``stack`` have inputs of their own: there it is that of the mean A.
         """
-        metrics = [self.metrics[name] for name in self.weights]
-        return metrics[0] if len(metrics) == 1 else _joint(metrics, self.region.rows)
+        if len(self.weights) == 1:
+            return self.metrics[next(iter(self.weights))]
+        joint: Metric = _recent_joint(self)
+        return joint
 
     @property
     def stacked(self) -> Tensor:
@@ -248,24 +253,21 @@ class RegionAnalysis:
         return {}
 
 
-def _joint(metrics: list[Metric], rows: tuple[int, ...]) -> Metric:
-    """Metric of matrices of ``rows`` rows one below the other: mean A, block-diagonal scale · G.
-
-    Where G would be larger than the dense solvers take, its diagonal stands for it.
-    """
+def _joint(analysis: RegionAnalysis) -> Metric:
+    """Metric of the weights one below the other: mean A, block-diagonal scale · G."""
+    metrics = [analysis.metrics[name] for name in analysis.weights]
     inputs = [metric.input for metric in metrics if metric.input is not None]
     outputs = [
         metric.scale * (torch.ones(size) if metric.output is None else metric.output).double()
-        for metric, size in zip(metrics, rows, strict=True)
+        for metric, size in zip(metrics, analysis.region.rows, strict=True)
     ]
-    if sum(rows) > FULL_DECOMPOSITION_LIMIT:
-        joint = torch.cat([part if part.dim() == 1 else part.diagonal() for part in outputs])
-    else:
-        blocks = [part.diag() if part.dim() == 1 else part for part in outputs]
-        joint = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     shared = inputs and all(one is inputs[0] for one in inputs)
     mean = inputs[0] if shared else torch.stack(inputs).mean(0) if inputs else None
-    return Metric(mean, joint, blocks=tuple(outputs))
+    return Metric(mean, blocks=tuple(outputs))
+
+
+# of few regions, as the blocks are larger than the weights
+_recent_joint = Recent(_joint)
 
 
 class MomentMetrics(Mapping[str, Metric]):
