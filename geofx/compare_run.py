@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,15 +18,16 @@ from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.cache import Cache, default_folder, digest
 from geofx.choice import Totals
+from geofx.compare_choice import Chooser, Notes
 from geofx.compare_fits import Fit, Fits, code_of, reason, seconds_of
 from geofx.compare_latency import Stopwatch
 from geofx.compare_prices import Prices
 from geofx.compare_subjects import Names, Subject, subjects
 from geofx.comparison import Comparison, Engine, Figures, Row, finite
 from geofx.compression import compression_ratio, parameter_count, parameter_mae
-from geofx.errors import BudgetInfeasibleError, ConfigError, PlanError
-from geofx.factorizations import Dense, Factored, Factorization
-from geofx.method import Allocation, Method, disjoint
+from geofx.errors import ConfigError, PlanError
+from geofx.factorizations import Dense, Factored
+from geofx.method import Allocation
 from geofx.moments import Moments
 from geofx.objective import Objective
 from geofx.options import Option
@@ -48,9 +49,6 @@ Rewrites = dict[str, Factored]
 
 ROUNDS = 7
 """Calls that a median latency is of."""
-
-REPLANS = 8
-"""How often a plan is made anew without what could not be fitted."""
 
 
 class Comparable(Protocol):
@@ -108,7 +106,6 @@ class _Run:
     keeps: tuple[float, ...]
     rounds: int
     engines: tuple[Engine, ...] = ("torch",)
-    _listed: dict[tuple[Method, str], tuple[list[Factorization], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         moments, holdout = self.analysis.moments, self.analysis.holdout
@@ -117,6 +114,8 @@ class _Run:
         self.base = digest(self.analysis.model_hash, moments.mode, moments.loss_terms, *seen)
         self.fits = Fits(self.cache, self.base)
         self.prices = Prices.of(self.analysis.original, self.analysis.program, self.analysis.regions)
+        regions, progress = self.analysis.regions, self.analysis.progress
+        self.chooser = Chooser(regions, self.fits, self.prices, self.keeps, progress)
         self.stopwatch = Stopwatch(self.analysis.original, self.cache.folder, self.rounds)
         self.reference = Reference(self.analysis.original)
         self.before = parameter_count(ParameterSpace.of(self.analysis.original))
@@ -166,7 +165,7 @@ class _Run:
 
     def _kept(self, key: str, subject: Subject, empty: Row) -> Row:
         """The row filled in; what goes wrong is its note, and is tried anew another time."""
-        notes: Counter[str] = Counter()
+        notes: Notes = Counter()
         try:
             made = self._made(subject, empty, notes)
         except MemoryError:
@@ -177,110 +176,16 @@ class _Run:
         self.cache.write(key, finite(asdict(made)))
         return made
 
-    def _made(self, subject: Subject, empty: Row, notes: Counter[str]) -> Row:
+    def _made(self, subject: Subject, empty: Row, notes: Notes) -> Row:
         if not subject.method.regions(self.analysis.regions):
             kinds = " or ".join(subject.method.kinds)
             return replace(empty, notes=(f"the model has no {kinds} region that it rewrites",))
-        fits = (self._uniform if empty.allocation == "uniform" else self._planned)(subject, empty.keep, notes)
+        fits = self.chooser.chosen(subject, empty.allocation, empty.keep, notes)
         if not fits:
             return replace(empty, notes=_counted(notes) or ("it rewrites nothing at this share",))
         return self._measured(empty, fits, notes)
 
-    def _uniform(self, subject: Subject, keep: float, notes: Counter[str]) -> list[Fit]:
-        """The largest setting within the share, region by region; what has none stays dense."""
-        regions = disjoint(subject.method.regions(self.analysis.regions))
-        return self._fitted([(item, self._within(subject, item, keep, notes)) for item in regions], notes)
-
-    def _within(
-        self, subject: Subject, analysis: RegionAnalysis, keep: float, notes: Counter[str]
-    ) -> Factorization | None:
-        allowed = keep * measure(Dense(), analysis.region).weight_bytes
-        fitting = [
-            item
-            for item in self._candidates(subject, analysis, notes)
-            if measure(item, analysis.region).weight_bytes <= allowed
-        ]
-        if not fitting and not self._listed[subject.method, analysis.region.name][1]:
-            notes[f"no setting within {keep:.0%} of the weight"] += 1
-        return fitting[-1] if fitting else None
-
-    def _fitted(
-        self, wanted: Sequence[tuple[RegionAnalysis, Factorization | None]], notes: Counter[str]
-    ) -> list[Fit]:
-        chosen = [(analysis, form) for analysis, form in wanted if form is not None]
-        self.analysis.progress("fit", 0, len(chosen))
-        found = []
-        for done, (analysis, form) in enumerate(chosen):
-            fit = self.fits.get(form, analysis)
-            if fit.error:
-                notes[fit.error] += 1
-            else:
-                found.append(fit)
-            self.analysis.progress("fit", done + 1, len(chosen))
-        return found
-
-    def _planned(self, subject: Subject, keep: float, notes: Counter[str]) -> list[Fit]:
-        """The planner's choice among dense and what the method may do, within the same total bytes."""
-        options = self._options(subject, notes)
-        cap = self.prices.total.bytes - round((1.0 - keep) * self.prices.scope(subject.scope).bytes)
-        for _ in range(REPLANS):
-            plan = self._chosen(options, cap, notes)
-            wanted = [(self.analysis.regions[item.region], item.factorization) for item in plan.rewritten]
-            fits = self._fitted(wanted, notes)
-            if len(fits) == len(wanted):
-                return fits
-            done = {fit.region for fit in fits}
-            failed = {(item.region.name, form) for item, form in wanted if item.region.name not in done}
-            options = [item for item in options if (item.region.name, item.factorization) not in failed]
-        return fits
-
-    def _chosen(self, options: Sequence[Option], cap: int, notes: Counter[str]) -> Plan:
-        try:
-            return choose([*self.prices.dense, *options], Budget(size=cap), self.prices.fixed)
-        except BudgetInfeasibleError as error:
-            if error.best is None:
-                raise
-            notes["the share cannot be reached: the smallest plan"] += 1
-            best: Plan = error.best
-            return best
-
-    def _options(self, subject: Subject, notes: Counter[str]) -> list[Option]:
-        found = []
-        for analysis in subject.method.regions(self.analysis.regions):
-            forms = self._candidates(subject, analysis, notes)
-            known = {
-                form: form.predicted_loss(analysis.region, analysis) for form in forms if form.closed_form
-            }
-            picked = {
-                form
-                for keep in self.keeps
-                if (form := self._within(subject, analysis, keep, Counter())) and not form.closed_form
-            }
-            fits = [self.fits.get(form, analysis) for form in forms if form in picked]
-            known |= {fit.asked: fit.loss for fit in fits if not fit.error}
-            found += [
-                Option(analysis.region, form, self.prices.work(form, analysis.region), loss)
-                for form, loss in known.items()
-            ]
-        return found
-
-    def _candidates(
-        self, subject: Subject, analysis: RegionAnalysis, notes: Counter[str]
-    ) -> list[Factorization]:
-        """Settings that are smaller than the weight; none, and a note, where listing them fails."""
-        key = subject.method, analysis.region.name
-        if key not in self._listed:
-            try:
-                self._listed[key] = _smaller(subject, analysis), ""
-            except Exception as error:
-                logger.info("%s at %s", subject.method.name, analysis.region.name, exc_info=error)
-                self._listed[key] = [], reason(error)
-        found, failed = self._listed[key]
-        if failed:
-            notes[failed] += 1
-        return found
-
-    def _measured(self, row: Row, fits: Sequence[Fit], notes: Counter[str]) -> Row:
+    def _measured(self, row: Row, fits: Sequence[Fit], notes: Notes) -> Row:
         """``row`` with the figures of the model that ``fits`` make; equal fits are measured once."""
         taken = [self._option(fit) for fit in fits]
         saved = sum(measure(Dense(), item.region).weight_bytes - item.workload.weight_bytes for item in taken)
@@ -385,13 +290,7 @@ def _read(record: type[Record], data: Any) -> Record | None:
     return None
 
 
-def _smaller(subject: Subject, analysis: RegionAnalysis) -> list[Factorization]:
-    dense = measure(Dense(), analysis.region).weight_bytes
-    every = subject.method.candidates(analysis.region, analysis)
-    return [item for item in every if measure(item, analysis.region).weight_bytes < dense]
-
-
-def _counted(notes: Counter[str]) -> tuple[str, ...]:
+def _counted(notes: Notes) -> tuple[str, ...]:
     return tuple(f"{count} x {text}" for text, count in sorted(notes.items()))
 
 

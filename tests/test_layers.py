@@ -26,7 +26,7 @@ LAYERS = (
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
     "geofx.artifact geofx.stand_in geofx.folder geofx.graph_json geofx.graph_tree geofx.graph_ops "
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
-    "geofx.cache geofx.compare_fits geofx.compare_latency geofx.compare_prices "
+    "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects geofx.charts geofx.frontier geofx.frontier_views",
     "geofx.huggingface geofx.pretrained",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
