@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -25,14 +24,13 @@ from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_results import bench, evaluate, export, inspect
 from geofx.cli_taxonomy import taxonomy
 from geofx.environment import version_of
-from geofx.errors import ArtifactError, GeofxError, ResourceError
+from geofx.errors import ArtifactError, GeofxError, ResourceError, out_of_memory
 from geofx.report_rows import plain
 from geofx.report_table import report_tables
 
 logger = logging.getLogger(__name__)
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug in geofx; 2 a wrong option, model, pattern or plan, or a missing package; "
     "3 the budget cannot be met; 4 unusable text or data; 5 values that are not finite; "
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _failed(_of_system(error))
     except Exception as error:
-        return _failed(error) if _out_of_memory(error) else _other(error)
+        return _failed(error) if out_of_memory(error) else _other(error)
     if code == INTERRUPTED:
         sys.stderr.write("interrupted\n")
     return code if isinstance(code, int) else 0
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: BaseException) -> int:
     logger.debug("the command failed", exc_info=error)
-    if not isinstance(error, GeofxError) or _out_of_memory(error):
+    if not isinstance(error, GeofxError) or out_of_memory(error):
         fix = "use a smaller model, fewer --tokens or a shorter --length"
         error = ResourceError("out of memory", fix=fix)
     show_error(error)
@@ -90,17 +88,6 @@ def _of_system(error: OSError) -> GeofxError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(what, where=where, fix="free some space")
     return ArtifactError(what, where=where, fix="--verbose shows where it failed")
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out in ``error`` or in what caused it; torch says so in words only."""
-    while error is not None:
-        words = str(error)
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if known or (isinstance(error, RuntimeError) and any(text in words for text in OUT_OF_MEMORY)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _other(error: Exception) -> int:

@@ -11,7 +11,7 @@ from geofx.budget import Budget
 from geofx.compare_fits import Fit, Fits, reason
 from geofx.compare_prices import Prices
 from geofx.compare_subjects import Subject
-from geofx.errors import BudgetInfeasibleError
+from geofx.errors import BudgetInfeasibleError, lasting, out_of_memory
 from geofx.factorizations import Dense, Factorization
 from geofx.method import Allocation, Method, disjoint
 from geofx.options import Option
@@ -43,6 +43,18 @@ class Chooser:
     keeps: tuple[float, ...]
     progress: Progress
     _listed: dict[tuple[Method, str], tuple[list[Factorization], str]] = field(default_factory=dict)
+    _unlisted: bool = False
+
+    @property
+    def passing(self) -> bool:
+        """Whether something since the last `drop` failed that another time may not."""
+        return self._unlisted or bool(self.fits.passing)
+
+    def drop(self) -> None:
+        """Forget candidates, factors and passing failures of what was done since the last call."""
+        self._listed.clear()
+        self._unlisted = False
+        self.fits.drop()
 
     def chosen(self, subject: Subject, allocation: Allocation, keep: float, notes: Notes) -> list[Fit]:
         """What is rewritten, fitted; why the rest is not is added to ``notes``."""
@@ -133,7 +145,10 @@ class Chooser:
             try:
                 self._listed[key] = _smaller(subject, analysis), ""
             except Exception as error:
+                if out_of_memory(error):
+                    raise
                 logger.info("%s at %s", subject.method.name, analysis.region.name, exc_info=error)
+                self._unlisted |= not lasting(error)
                 self._listed[key] = [], reason(error)
         found, failed = self._listed[key]
         if failed:

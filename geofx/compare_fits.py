@@ -12,7 +12,7 @@ from functools import cache
 
 from geofx import linalg, region_analysis
 from geofx.cache import Cache, digest
-from geofx.errors import GeofxError
+from geofx.errors import GeofxError, NumericsError, lasting, out_of_memory
 from geofx.factorizations import (
     FACTORIZATIONS,
     Factored,
@@ -56,27 +56,41 @@ class Fit:
 
 @dataclass
 class Fits:
-    """Fits of one model under one calibration, which ``base`` is the hash of."""
+    """Fits of one model under one calibration, which ``base`` is the hash of.
+
+    Attributes:
+        passing: failures since the last `drop` that another time may not be: they are not in the cache.
+    """
 
     cache: Cache
     base: str
+    passing: dict[str, Fit] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
 
     def get(self, form: Factorization, analysis: RegionAnalysis) -> Fit:
-        """The fit of ``form``, from the cache or done now; a failure is an entry like any other."""
+        """The fit of ``form``, from the cache or done now; a failure that would recur is an entry too."""
         key = digest(self.base, analysis.region.name, to_json(form), code_of(type(form)))
         self._used.add(key)
         found = self.cache.read(key)
-        if found is None:
+        if found is None and key not in self.passing:
             self._fit(key, form, analysis)
-            found = self.cache.read(key) or {}
+            found = self.cache.read(key)
+        if key in self.passing:
+            return self.passing[key]
+        found = found or {}
         fitted = from_json(found["form"])
         return Fit(key, analysis.region.name, form, fitted, found["loss"], found["seconds"], found["error"])
 
     def factored(self, fit: Fit, analysis: RegionAnalysis) -> Factored:
-        """The factors of ``fit``, fitted again where they were dropped or damaged."""
+        """The factors of ``fit``, fitted again where they were dropped or damaged.
+
+        Raises:
+            NumericsError: the fit fails this time.
+        """
         known = self.cache.read_tensors(fit.key)
         form, factors = self._fit(fit.key, fit.asked, analysis) if known is None else (fit.form, known)
+        if not factors:
+            raise NumericsError(f"{fit.asked} could not be fitted again", where=fit.region)
         device = next(iter(analysis.weights.values())).device
         here = {name: part.to(device).contiguous() for name, part in factors.items()}
         return Factored(form, here, analysis.region.weights)
@@ -85,20 +99,24 @@ class Fits:
         """Forget the factors of all fits since the last call; their losses stay."""
         self.cache.drop_tensors(self._used)
         self._used.clear()
+        self.passing.clear()
 
     def _fit(self, key: str, form: Factorization, analysis: RegionAnalysis) -> tuple[Factorization, Factors]:
-        """The form as fitted, and its factors; none where it cannot be."""
+        """The form as fitted, and its factors; none where it cannot be. Lack of memory is raised."""
         start = time.perf_counter()
         try:
             fitted, factors = form.fit(analysis.weights, analysis)
             seconds = time.perf_counter() - start
             loss = factored_loss(fitted, factors, analysis)
-        except MemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             logger.info("%s at %s: %s", form, analysis.region.name, error)
-            seconds = time.perf_counter() - start
-            self.cache.write(key, _entry(form, 0.0, seconds, reason(error)))
+            seconds, why = time.perf_counter() - start, reason(error)
+            if lasting(error):
+                self.cache.write(key, _entry(form, 0.0, seconds, why))
+            else:
+                self.passing[key] = Fit(key, analysis.region.name, form, form, 0.0, seconds, why)
             return form, {}
         self.cache.write(key, _entry(fitted, loss, seconds, ""), factors)
         return fitted, factors

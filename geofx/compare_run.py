@@ -25,7 +25,7 @@ from geofx.compare_prices import Prices
 from geofx.compare_subjects import Names, Subject, subjects
 from geofx.comparison import Comparison, Engine, Figures, Row, finite
 from geofx.compression import compression_ratio, parameter_count, parameter_mae
-from geofx.errors import ConfigError, PlanError
+from geofx.errors import ConfigError, PlanError, out_of_memory
 from geofx.factorizations import Dense, Factored
 from geofx.method import Allocation
 from geofx.moments import Moments
@@ -134,7 +134,7 @@ class _Run:
                     rows.append(self.row(subject, allocation, keep))
                     logger.info("%s", _said(rows[-1]))
                     progress("compare", len(rows), total)
-            self.fits.drop()
+            self.chooser.drop()
         moments = self.analysis.moments
         return Comparison(
             model=name,
@@ -164,16 +164,17 @@ class _Run:
         return found
 
     def _kept(self, key: str, subject: Subject, empty: Row) -> Row:
-        """The row filled in; what goes wrong is its note, and is tried anew another time."""
+        """The row filled in; what goes wrong is its note, and is tried anew where it may not another time."""
         notes: Notes = Counter()
         try:
             made = self._made(subject, empty, notes)
-        except MemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             logger.info("%s, %s, keep %s", empty.name, empty.allocation, empty.keep, exc_info=error)
             return replace(empty, notes=(*_counted(notes), reason(error)))
-        self.cache.write(key, finite(asdict(made)))
+        if not self.chooser.passing:
+            self.cache.write(key, finite(asdict(made)))
         return made
 
     def _made(self, subject: Subject, empty: Row, notes: Notes) -> Row:

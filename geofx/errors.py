@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 class GeofxError(Exception):
     """Base of all geofx errors: ``what``, ``where`` (site, file, line) and ``fix`` (what to do).
@@ -115,3 +119,22 @@ class MissingDependencyError(GeofxError):
     """An optional package is not installed; the fix names the install command."""
 
     exit_code = 2
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out in ``error`` or in what caused it; torch says so in words only."""
+    while error is not None:
+        words = str(error)
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if known or (isinstance(error, RuntimeError) and any(text in words for text in OUT_OF_MEMORY)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def lasting(error: Exception) -> bool:
+    """Whether the same work would fail again: it is its numbers or settings, not the state of the machine."""
+    if out_of_memory(error) or isinstance(error, (ArtifactError, MissingDependencyError, ResourceError)):
+        return False
+    singular = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+    return isinstance(error, (GeofxError, ValueError, ArithmeticError, singular))
