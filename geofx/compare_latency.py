@@ -13,9 +13,9 @@ from torch import Tensor
 
 from geofx.bench_inputs import bench_inputs
 from geofx.comparison import Engine, Latency
-from geofx.errors import GeofxError
+from geofx.errors import GeofxError, MissingDependencyError
 from geofx.export.onnx import to_onnx
-from geofx.export.onnx_runtime import OnnxRunner
+from geofx.export.onnx_runtime import OnnxRunner, require_onnx
 from geofx.latency import interleaved_medians
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
@@ -32,16 +32,16 @@ class Stopwatch:
 
     def __call__(
         self, program: Program, engines: Iterable[Engine]
-    ) -> tuple[dict[Engine, Latency], tuple[str, ...]]:
+    ) -> tuple[dict[Engine, Latency], dict[Engine, GeofxError]]:
         """The medians by engine, and why an engine has none."""
         found: dict[Engine, Latency] = {}
-        failed: list[str] = []
+        failed: dict[Engine, GeofxError] = {}
         for engine in engines:
             try:
                 found[engine] = self._torch(program) if engine == "torch" else self._onnx(program)
             except GeofxError as error:
-                failed.append(f"{engine}: {error.what}")
-        return found, tuple(failed)
+                failed[engine] = error
+        return found, failed
 
     def _torch(self, program: Program) -> Latency:
         return self._timed(lambda: self.original(**self._inputs), lambda: program(**self._inputs))
@@ -67,3 +67,13 @@ class Stopwatch:
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
             to_onnx(self.original, Path(folder) / "original.onnx")
             return OnnxRunner(Path(folder) / "original.onnx")
+
+
+def not_installed(engines: Iterable[Engine]) -> dict[Engine, str]:
+    """Those among ``engines`` whose packages are missing, and which."""
+    if "onnx" in engines:
+        try:
+            require_onnx()
+        except MissingDependencyError as error:
+            return {"onnx": error.what}
+    return {}

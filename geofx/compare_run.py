@@ -20,12 +20,12 @@ from geofx.cache import Cache, default_folder, digest
 from geofx.choice import Totals
 from geofx.compare_choice import Chooser, Notes
 from geofx.compare_fits import Fit, Fits, code_of, reason, seconds_of
-from geofx.compare_latency import Stopwatch
+from geofx.compare_latency import Stopwatch, not_installed
 from geofx.compare_prices import Prices
 from geofx.compare_subjects import Names, Subject, subjects
 from geofx.comparison import Comparison, Engine, Figures, Row, finite
 from geofx.compression import compression_ratio, parameter_count, parameter_mae
-from geofx.errors import ConfigError, PlanError, out_of_memory
+from geofx.errors import ConfigError, PlanError, lasting, out_of_memory
 from geofx.factorizations import Dense, Factored
 from geofx.method import Allocation
 from geofx.moments import Moments
@@ -94,8 +94,11 @@ def compare_analysis(
     entrants = subjects(formats, recipes, analysis.regions)
     if not entrants:
         raise ConfigError("there is nothing to compare", fix="name formats or recipes")
-    run = _Run(analysis, Cache(default_folder() if cache is None else Path(cache)), keeps, rounds)
-    run.engines = _engines(latency)
+    wanted = _engines(latency)
+    missing = not_installed(wanted)
+    engines = tuple(engine for engine in wanted if engine not in missing)
+    folder = Cache(default_folder() if cache is None else Path(cache))
+    run = _Run(analysis, folder, keeps, rounds, engines, missing)
     return run.comparison(entrants, name or type(analysis.module).__name__)
 
 
@@ -105,7 +108,8 @@ class _Run:
     cache: Cache
     keeps: tuple[float, ...]
     rounds: int
-    engines: tuple[Engine, ...] = ("torch",)
+    engines: tuple[Engine, ...]
+    missing: Mapping[Engine, str]
 
     def __post_init__(self) -> None:
         moments, holdout = self.analysis.moments, self.analysis.holdout
@@ -159,7 +163,7 @@ class _Run:
         key = digest(self.base, self.measured_on, *what)
         with self.cache.claimed(key):
             found = _read(Row, self.cache.read(key))
-            if found is None or (found.figures and not set(self.engines) <= found.figures.latency.keys()):
+            if found is None or (found.figures and not set(self.engines) <= found.figures.tried):
                 found = self._kept(key, subject, empty)
         return found
 
@@ -192,16 +196,17 @@ class _Run:
         saved = sum(measure(Dense(), item.region).weight_bytes - item.workload.weight_bytes for item in taken)
         scope = self.prices.scope(row.scope)
         key = digest(self.base, self.measured_on, self.rounds, sorted(fit.key for fit in fits))
-        figures, failed = _read(Figures, self.cache.read(key)), tuple[str, ...]()
-        if figures is None or not set(self.engines) <= figures.latency.keys():
+        figures, failed = _read(Figures, self.cache.read(key)), dict[Engine, str]()
+        if figures is None or not set(self.engines) <= figures.tried:
             figures, failed = self._rewritten(taken, fits, saved, scope)
             self.cache.write(key, finite(asdict(figures)))
+        untimed = {**figures.untimed, **failed, **self.missing}
         return replace(
             row,
             kept=1.0 - saved / scope.bytes,
             rewritten=len(fits),
             figures=figures,
-            notes=(*_counted(notes), *failed),
+            notes=(*_counted(notes), *(f"{engine}: {why}" for engine, why in untimed.items())),
         )
 
     def _option(self, fit: Fit) -> Option:
@@ -210,8 +215,8 @@ class _Run:
 
     def _rewritten(
         self, taken: Sequence[Option], fits: Sequence[Fit], saved: int, scope: Totals
-    ) -> tuple[Figures, tuple[str, ...]]:
-        """Figures of the rewritten model, and why an engine has no latency."""
+    ) -> tuple[Figures, dict[Engine, str]]:
+        """Figures of the rewritten model, and why an engine has no latency this time."""
         plan = choose(
             [*self.prices.dense, *taken],
             Budget(size=self.prices.total.bytes - saved),
@@ -232,8 +237,10 @@ class _Run:
             predicted_loss=sum(fit.loss for fit in fits),
             fit_s=seconds_of(fits),
             latency=latency,
+            untimed={engine: error.what for engine, error in failed.items() if lasting(error)},
         )
-        return self._with_fidelity(figures, program, rewrites), failed
+        passing = {engine: error.what for engine, error in failed.items() if not lasting(error)}
+        return self._with_fidelity(figures, program, rewrites), passing
 
     def _with_fidelity(self, figures: Figures, program: Program, rewrites: Rewrites) -> Figures:
         """A form that computes more than the weights is run as the weights that it multiplies out to."""

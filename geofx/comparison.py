@@ -56,6 +56,7 @@ class Figures:
         kl: mean KL(original ‖ rewritten) of the next token, in nats; None without tokens.
         fit_s: seconds that its fits took, summed over regions; spectra that the analysis holds are not in it.
         latency: engine -> medians.
+        untimed: engine -> why it cannot run the model, so that it is not tried again.
     """
 
     size_bytes: int
@@ -71,8 +72,14 @@ class Figures:
     top1_agreement: float | None = None
     fit_s: float = 0.0
     latency: dict[Engine, Latency] = field(default_factory=dict)
+    untimed: dict[Engine, str] = field(default_factory=dict)
 
     __pydantic_config__ = STRICT
+
+    @property
+    def tried(self) -> set[Engine]:
+        """Engines whose latency is known, or known not to be had."""
+        return {*self.latency, *self.untimed}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,22 @@ import tiny_models
 import torch
 
 import geofx
+from geofx import compare_latency, recipes
 from geofx.analysis import Analysis
+from geofx.compare_latency import Stopwatch
 from geofx.compare_run import compare_analysis
-from geofx.comparison import Comparison, Row
-from geofx.errors import ArtifactError, CaptureError, MissingDependencyError, NumericsError, lasting
+from geofx.comparison import Comparison, Latency, Row
+from geofx.errors import (
+    ArtifactError,
+    CaptureError,
+    ExportError,
+    MissingDependencyError,
+    NumericsError,
+    ResourceError,
+    lasting,
+)
 from geofx.factorizations import LowRank
+from geofx.method import Form
 from geofx.region_analysis import RegionAnalysis
 
 NO_MEMORY = (
@@ -92,6 +103,61 @@ def test_a_failure_that_would_recur_is_kept(
     tried.clear()
     assert uniform(run(analysis, tmp_path)) == first
     assert tried == []
+
+
+def test_an_engine_that_cannot_run_a_model_is_not_tried_again(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any) -> Any:
+        raise ExportError("an operator is not supported")
+
+    lowered: list[object] = []
+    lower = analysis.lower
+    monkeypatch.setattr(analysis, "lower", lambda *given: lowered.append(given) or lower(*given))
+    monkeypatch.setattr(Stopwatch, "_onnx", failed)
+    twin = recipes.Recipe("twin", (Form("low_rank"),), paper=recipes.svd().paper, differs="Nothing.")
+    made = run(analysis, tmp_path, latency=("torch", "onnx"), recipes=[twin])
+    assert {row.notes for row in made.rows} == {("onnx: an operator is not supported",)}
+    lowered.clear()
+    assert run(analysis, tmp_path, latency=("torch", "onnx"), recipes=[twin]).rows == made.rows
+    assert lowered == []
+
+
+def test_an_engine_that_fails_in_passing_is_tried_again(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any) -> Any:
+        raise ResourceError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stopwatch, "_onnx", failed)
+        assert uniform(run(analysis, tmp_path, latency="onnx")).notes == ("onnx: the disk is full",)
+    monkeypatch.setattr(Stopwatch, "_onnx", lambda *_: Latency(1.0, 2.0))
+    again = uniform(run(analysis, tmp_path, latency="onnx"))
+    assert again.figures
+    assert (again.figures.latency, again.notes) == ({"onnx": Latency(1.0, 2.0)}, ())
+
+
+def test_an_engine_that_is_not_installed_is_timed_once_it_is(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise MissingDependencyError("onnx is not installed")
+
+    lowered: list[object] = []
+    lower = analysis.lower
+    monkeypatch.setattr(analysis, "lower", lambda *given: lowered.append(given) or lower(*given))
+    monkeypatch.setattr(Stopwatch, "_onnx", lambda *_: Latency(1.0, 2.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_latency, "require_onnx", missing)
+        first = run(analysis, tmp_path, latency="onnx")
+        assert uniform(first).notes == ("onnx: onnx is not installed",)
+        lowered.clear()
+        assert run(analysis, tmp_path, latency="onnx").rows == first.rows
+        assert lowered == []
+    again = uniform(run(analysis, tmp_path, latency="onnx"))
+    assert again.figures
+    assert (set(again.figures.latency), again.notes) == ({"onnx"}, ())
 
 
 def test_what_lasts_is_in_the_numbers_and_what_passes_in_the_machine() -> None:
