@@ -139,7 +139,7 @@ class _Run:
                     logger.info("%s", _said(rows[-1]))
                     progress("compare", len(rows), total)
             self.chooser.drop()
-        moments = self.analysis.moments
+        moments, measured = self.analysis.moments, self.analysis.objective.unit
         return Comparison(
             model=name,
             original=self.original,
@@ -147,7 +147,8 @@ class _Run:
             tokens=self.tokens,
             calibration_tokens=max(moments.tokens.values(), default=0),
             rows=tuple(rows),
-            methods={subject.method.name: finite(subject.method.to_json()) for subject in entrants},
+            methods={subject.title: finite(subject.method.to_json()) for subject in entrants},
+            measured_unit=measured if measured != moments.unit else "",
         )
 
     def row(self, subject: Subject, allocation: Allocation, keep: float) -> Row:

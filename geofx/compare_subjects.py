@@ -28,6 +28,11 @@ class Subject:
     allocations: tuple[Allocation, ...]
 
     @property
+    def title(self) -> str:
+        """Role and name: a format and a recipe may be namesakes."""
+        return f"{self.role} {self.method.name}"
+
+    @property
     def scope(self) -> Scope:
         """Which weights a share is of."""
         tables = TABLES & set(self.method.kinds)

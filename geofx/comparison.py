@@ -49,9 +49,9 @@ class Figures:
         flops_per_token: a multiply-add is 2.
         compression_ratio: CR = (s(v) - s(ṽ)) / s(ṽ), s counting what is not zero.
         parameter_mae: FDL = mean |v - v̂| over all parameters.
-        predicted_loss: Σ tr(G ΔW A ΔWᵀ) of what was fitted, in the comparison's unit.
-        loss_increase: measured on held-out batches; of a form that computes more than the weights, on the
-            weights that it multiplies out to, which is the same but for rounding and takes less time.
+        predicted_loss: Σ tr(G ΔW A ΔWᵀ) of what was fitted, in the comparison's ``unit``.
+        loss_increase: in its ``measured_unit``, on held-out batches; of a form that computes more than the
+            weights, on the weights that it multiplies out to: the same but for rounding, and takes less time.
         loss: of the rewritten model on them; None where the loss is a difference itself.
         kl: mean KL(original ‖ rewritten) of the next token, in nats; None without tokens.
         fit_s: seconds that its fits took, summed over regions; spectra that the analysis holds are not in it.
@@ -114,10 +114,11 @@ class Comparison:
     Attributes:
         model: what was compressed, without any path.
         original: the figures of the model as it was.
-        unit: of the losses.
+        unit: of predicted losses.
         tokens: loss terms in the held-out batches.
         calibration_tokens: tokens that the methods were fitted on.
-        methods: name -> the method as data, its paper among it where it is a recipe.
+        methods: "format <name>" or "recipe <name>" -> the method as data, a recipe's paper among it.
+        measured_unit: of measured losses; empty where it is the unit of predicted ones.
     """
 
     model: str
@@ -127,6 +128,7 @@ class Comparison:
     calibration_tokens: int
     rows: tuple[Row, ...] = ()
     methods: dict[str, Any] = field(default_factory=dict)
+    measured_unit: str = ""
     notes: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=environment)
 

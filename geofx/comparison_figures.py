@@ -62,7 +62,7 @@ def _draw(axes: Any, title: str, rows: Sequence[Row], comparison: Comparison) ->
                 axes.plot(*zip(*points, strict=True), dashes, label=shown, linewidth=1.0, **style)
     axes.set_title(title, loc="left")
     axes.set_xlabel("model, MB (10⁶ bytes)")
-    axes.set_ylabel(f"loss increase, {comparison.unit}")
+    axes.set_ylabel(f"loss increase, {comparison.measured_unit or comparison.unit}")
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.2, linewidth=0.5)

@@ -24,7 +24,8 @@ def comparison_tables(comparison: Comparison) -> Iterator[RenderableType]:
     size, flops = in_bytes(original.size_bytes), in_count(original.flops_per_token)
     loss = _number(original.loss, in_loss)
     yield Text(f"{size}, {flops} flops per token, loss {loss} on {comparison.tokens} tokens", style="dim")
-    yield Text(f"Losses in {plain(comparison.unit)}.", style="dim")
+    measured = f" predicted, in {comparison.measured_unit} measured" if comparison.measured_unit else ""
+    yield Text(plain(f"Losses in {comparison.unit}{measured}."), style="dim")
     for scope, keep in dict.fromkeys((row.scope, row.keep) for row in comparison.rows):
         rows = [row for row in comparison.rows if (row.scope, row.keep) == (scope, keep)]
         ranked = sorted((row for row in rows if row.figures), key=_loss)

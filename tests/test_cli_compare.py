@@ -45,7 +45,8 @@ def test_table_json_and_chart_are_of_one_comparison(folder: Path, capsys: pytest
 def test_every_format_and_recipe_has_a_row_whatever_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--json", "--latency", "none"]) == 0
     made = Comparison.from_json(capsys.readouterr().out)
-    assert {row.name for row in made.rows} == set(made.methods)
+    assert {f"{row.role} {row.name}" for row in made.rows} == set(made.methods)
+    assert {made.methods[f"{role} monarch"]["name"] for role in ("format", "recipe")} == {"monarch"}
     assert all(row.notes for row in made.rows if row.figures is None)
     assert all(row.figures and row.kept for row in made.rows if not row.notes)
     assert any(row.name == "espace-nl_nmse" and row.figures for row in made.rows)

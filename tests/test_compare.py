@@ -282,6 +282,7 @@ def test_another_loss_shares_no_measurement(model: torch.nn.Module, tmp_path: Pa
     alone = run(analysed(2.0), tmp_path / "alone")
     assert figures_of(first, "low_rank").loss != figures_of(second, "low_rank").loss
     assert figures_of(second, "low_rank").loss == figures_of(alone, "low_rank").loss
+    assert (first.unit, first.measured_unit) == ("relative squared error of site outputs", "loss per term")
 
 
 def test_a_saved_analysis_finds_what_was_done(
@@ -402,7 +403,7 @@ def test_python_front_door_compares_and_draws(model: torch.nn.Module, tmp_path: 
         model, BATCHES, [0.8, 0.5], formats=["low_rank"], recipes=["svd"], cache=tmp_path, rounds=1
     )
     assert [row.name for row in made.rows] == ["low_rank"] * 4 + ["svd"] * 2
-    assert made.methods["svd"]["paper"]["year"] == 2020
+    assert made.methods["recipe svd"]["paper"]["year"] == 2020
     assert Comparison.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
     for suffix in (".svg", ".png"):
         draw_chart(made, tmp_path / f"chart{suffix}")
@@ -455,7 +456,9 @@ def test_settings_of_one_recipe_are_recipes_apart(analysis: Analysis, tmp_path: 
 def test_methods_of_one_name_do_not_share_their_candidates(analysis: Analysis, tmp_path: Path) -> None:
     """A format and a recipe may be namesakes."""
     namesake = replace(recipes.svd(), name="low_rank")
-    rows = run(analysis, tmp_path, recipes=[namesake]).rows
+    made = run(analysis, tmp_path, recipes=[namesake])
+    rows = made.rows
+    assert ["paper" in made.methods[f"{role} low_rank"] for role in ("format", "recipe")] == [False, True]
     (mine,) = (row for row in rows if row.role == "recipe")
     (svd,) = run(analysis, tmp_path, formats="none", recipes=["svd"]).rows
     assert mine.figures == svd.figures

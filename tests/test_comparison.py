@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from geofx import comparison_figures
 from geofx.comparison import Comparison, Figures, Latency, Row
 from geofx.comparison_table import comparison_tables
 from geofx.errors import ArtifactCorruptError
@@ -15,6 +19,27 @@ from geofx.errors import ArtifactCorruptError
 def test_comparisons_that_are_none_are_refused() -> None:
     with pytest.raises(ArtifactCorruptError, match="not a comparison: model"):
         Comparison.from_json("{}")
+
+
+def test_units_of_predicted_and_measured_losses_are_told_apart() -> None:
+    original = Figures(1_000_000, 250_000, 120_000, 500_000.0)
+    figures = Figures(800_000, 200_000, 90_000, 400_000.0, predicted_loss=0.1, loss_increase=0.12)
+    row = Row("low_rank", "format", "uniform", "blocks", 0.8, 0.79, 3, figures)
+    one = Comparison("tiny", original, "nats per token", 100, 1000, (row,))
+    two = replace(one, unit="relative squared error of site outputs", measured_unit="nats per token")
+    console = Console(width=110, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(*comparison_tables(two), sep="\n")
+    assert "Losses in relative squared error of site outputs predicted, in nats per token measured." in (
+        capture.get()
+    )
+    labels = []
+    for made in (one, two):
+        axes = Figure().add_subplot()
+        comparison_figures._draw(axes, "blocks: formats", made.rows, made)
+        labels.append(axes.get_ylabel())
+    assert labels == ["loss increase, nats per token"] * 2
+    assert Comparison.from_json(json.dumps(two.to_json())) == two
 
 
 TABLE = """\
