@@ -91,9 +91,8 @@ def written_text(
             torch.manual_seed(seed + done)
             written = _written(module, *rows)
         size = max(map(len, windows))
-        found += [
-            {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in written.split(size)
-        ]
+        parts = torch.split(written, size)
+        found += [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
         progress("write text", done + 1, total)
     return found
 
@@ -117,7 +116,7 @@ def _prompts(windows: list[Tensor], rounds: int) -> Iterator[tuple[Tensor, int]]
         for turn in range(rounds):
             place = start + turn * max(0, length - start - size) // rounds
             prompts = torch.cat([whole[:, :start], whole[:, place : place + size]], 1)
-            for rows in prompts.split(ROWS):
+            for rows in torch.split(prompts, ROWS):
                 yield rows, length
 
 
@@ -139,7 +138,7 @@ def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
     more = length - prompts.shape[1]
     if more < 1:
         return prompts[:, :length]
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -152,6 +151,8 @@ def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
     module.eval()
     try:
         given = prompts.to(device)
-        return module.generate(given, attention_mask=torch.ones_like(given), generation_config=settings).cpu()
+        mask = torch.ones_like(given)
+        written: Tensor = module.generate(given, attention_mask=mask, generation_config=settings)
+        return written.cpu()
     finally:
         module.train(training)

@@ -205,23 +205,35 @@ def _layers(student: nn.Module) -> Iterator[FactorizedLayer]:
 @contextmanager
 def _unfolded(student: nn.Module, whole: Mapping[str, Tensor]) -> Iterator[None]:
     """Layers of formats that are trained as another one are of that as long as the context lasts."""
-    found: list[tuple[FactorizedLayer, Unfolding, Factors, Factors]] = []
+    found = []
     for path, layer in student.named_modules():
         if isinstance(layer, FactorizedLayer) and isinstance(layer.factorization, Unfolding):
-            form, before = layer.factorization, _detached(layer.factors)
             known = whole.get(f"{path}.{layer.leaf}", layer.weight).detach()
-            other, parts = form.unfold(before, known.t() if layer.transposed else known)
-            layer.become(other, parts, form.static)
-            found.append((layer, form, before, parts))
+            found.append(_Unfolded(layer, known.t() if layer.transposed else known))
     try:
         yield
     finally:
-        for layer, form, before, start in found:
-            trained = _detached(layer.factors)
-            moved = any(
-                not torch.equal(trained[name], part.to(trained[name])) for name, part in start.items()
-            )
-            layer.become(form, form.fold(trained) if moved else before)
+        for part in found:
+            part.fold()
+
+
+class _Unfolded:
+    """A layer that is of another form until it is folded."""
+
+    def __init__(self, layer: FactorizedLayer, dense: Tensor) -> None:
+        self.layer, self.form, self.factors = layer, layer.factorization, _detached(layer.factors)
+        assert isinstance(self.form, Unfolding)
+        other, self.start = self.form.unfold(self.factors, dense)
+        layer.become(other, self.start, self.form.static)
+
+    def fold(self) -> None:
+        """Give the layer its own form back: as it was, to the bit, where nothing has moved."""
+        assert isinstance(self.form, Unfolding)
+        trained = _detached(self.layer.factors)
+        moved = any(
+            not torch.equal(trained[name], part.to(trained[name])) for name, part in self.start.items()
+        )
+        self.layer.become(self.form, self.form.fold(trained) if moved else self.factors)
 
 
 def _detached(factors: Factors) -> dict[str, Tensor]:
