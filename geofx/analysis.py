@@ -70,6 +70,7 @@ class Analysis:
         module: the user's model, or None.
         holdout_is_calibration: there was one batch only, so what is measured on it is too good.
         validation: batches that choices are made on, neither calibrated nor verified on; `geofx.effort`.
+        calibration: those that the factors are refined on after the plan, where they are.
         loss_ratio: measured over predicted increase of the loss, as `probe` found it.
     """
 
@@ -86,6 +87,7 @@ class Analysis:
     files: Mapping[str, bytes] = field(default_factory=dict)
     holdout_is_calibration: bool = False
     validation: list[Batch] = field(default_factory=list)
+    calibration: list[Batch] = field(default_factory=list)
     loss_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -196,6 +198,7 @@ class Analysis:
             holdout=self.holdout,
             holdout_is_calibration=self.holdout_is_calibration,
             validation=self.validation,
+            calibration=self.calibration,
             loss_ratio=self.loss_ratio,
             objective=self.objective,
         )
@@ -233,10 +236,8 @@ class Analysis:
             found = verify(self.original, program, self.validation, self.objective, progress=self.progress)
         if found.loss_increase <= 0.0:
             return plan
-        change = found.loss_increase / plan.loss
-        self.loss_ratio *= change
-        choices = [replace(item, loss=item.loss and item.loss * change) for item in plan.choices]
-        return replace(plan, choices=tuple(choices), loss=found.loss_increase)
+        self.loss_ratio *= found.loss_increase / plan.loss
+        return plan.scaled_to(found.loss_increase)
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
         """The graph with the factors of a fitted plan in it.

@@ -71,13 +71,14 @@ class StoredAnalysis:
     holdout_is_calibration: bool
     objective: Objective | None
     validation: list[Batch] = field(default_factory=list)
+    calibration: list[Batch] = field(default_factory=list)
     loss_ratio: float = 1.0
 
 
 def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the folder ``path``: symmetric matrices as triangles, hashed, all or nothing.
 
-    It holds the example and the held-out batches as they are, which later budgets are verified on.
+    It holds the example and the batches that later budgets are refined, validated and verified on.
 
     Raises:
         ArtifactError, ResourceError: the folder cannot be written, or a batch holds more than plain data.
@@ -149,6 +150,7 @@ def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
         holdout=_batches({**stored, **constants}, "holdout"),
         holdout_is_calibration=meta.holdout_is_calibration,
         validation=_batches({**stored, **constants}, "validation"),
+        calibration=_batches({**stored, **constants}, "calibration"),
         loss_ratio=meta.loss_ratio,
         objective=kinds.get(meta.objective),
     )
@@ -175,6 +177,7 @@ def _batch_values(analysis: StoredAnalysis) -> Iterator[tuple[str, Any]]:
         "example": [analysis.example],
         "holdout": analysis.holdout,
         "validation": analysis.validation,
+        "calibration": analysis.calibration,
     }
     for kind, batches in kinds.items():
         for index, batch in enumerate(batches):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split
 from geofx.budget import Budget
-from geofx.effort import Level, effort_named, loss_on
+from geofx.effort import EFFORTS, Level, effort_named, loss_on
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
 from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
@@ -38,6 +39,7 @@ from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
+from geofx.verify import verify
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,7 @@ def analyze(
         longer = assemble(moments=pooled(moments, further), stages=stages)
         analysis = _better(analysis, longer, unseen)
     analysis.holdout_is_calibration, analysis.validation = leaking, validation
+    analysis.calibration = [*batches, *written] if validation and level.steps else []
     return analysis
 
 
@@ -182,7 +185,8 @@ def load_analysis(
         known=stored.spectra,
     )
     analysis.holdout_is_calibration = stored.holdout_is_calibration
-    analysis.validation, analysis.loss_ratio = stored.validation, stored.loss_ratio
+    analysis.validation, analysis.calibration = stored.validation, stored.calibration
+    analysis.loss_ratio = stored.loss_ratio
     return analysis
 
 
@@ -305,7 +309,32 @@ def optimize_analysis(
             break
     if best is None:
         logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
-    return analysis.finish(*(best or (plan, rewrites)))
+    result = analysis.finish(*(best or (plan, rewrites)))
+    return refined(analysis, result) if analysis.calibration and result.rewrites else result
+
+
+def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
+    """``result`` after a short recovery on the batches that it was calibrated on.
+
+    The best state on the validation batches is kept, so it is never worse there; the plan's loss is what it
+    then loses on them.
+    """
+    steps, objective = EFFORTS["best"].steps, analysis.objective
+    with analysis.stages("refine"):
+        result = result.recover(
+            analysis.calibration,
+            validation=analysis.validation,
+            holdout=analysis.holdout or None,
+            loss=objective.function if isinstance(objective, Custom) else None,
+            progress=analysis.progress,
+            steps=steps,
+            every=steps // 4,
+        )
+        original, program = analysis.original, result.program
+        found = verify(original, program, analysis.validation, objective, progress=analysis.progress)
+    plan = result.plan.scaled_to(found.loss_increase) if found.loss_increase > 0.0 else result.plan
+    report = replace(result.report, stages=tuple(analysis.stages.done), predicted_loss=plan.loss)
+    return replace(result, plan=plan, report=report)
 
 
 def _fitted(

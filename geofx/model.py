@@ -125,6 +125,7 @@ class OptimizedModel:
         data: Any,
         *,
         teacher: nn.Module | None = None,
+        validation: Any = None,
         holdout: Any = None,
         tokenizer: Any = None,
         loss: UserLoss | None = None,
@@ -134,12 +135,13 @@ class OptimizedModel:
         """The same model with factors, norms and biases trained to give the original's outputs again.
 
         Ranks, graph and size stay. The state with the least validation loss is kept, so that the result is
-        not worse than this on the last eighth of ``data``, which nothing is trained on.
+        not worse than this on ``validation``, which nothing is trained on.
 
         Args:
             data: what to train on, as for `analyze`; the original's outputs are the targets.
             teacher: the original; needed after `load`, unless ``module`` was passed there.
-            holdout: data to measure the result on; by default that validation part.
+            validation: data to choose the best state on; by default the last eighth of ``data``.
+            holdout: data to measure the result on; by default those of ``validation``.
             tokenizer: cuts text into windows.
             loss: the loss to measure in, where the model was optimized for one of its own.
             progress: is told the steps.
@@ -153,9 +155,11 @@ class OptimizedModel:
         """
         settings, original = Training.of(training), self._original(teacher)
         names, longest = self.program.input_names, longest_sequence(self.config)
-        batches, validation = split(batches_of(data, tokenizer, names, "training data", longest))
-        if batches is validation:
+        batches = batches_of(data, tokenizer, names, "training data", longest)
+        unseen = batches_of(validation, tokenizer, names, "validation data", longest)
+        if not unseen and len(batches) == 1:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
+        batches, unseen = (batches, unseen) if unseen else split(batches)
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
         objective, student = choose_objective(original, batches[0], loss), _trainable(self)
         recovery = Recovery(
@@ -168,10 +172,10 @@ class OptimizedModel:
             whole=dict(original.tensors()),
             progress=progress,
         )
-        run = recovery.run(batches, validation)
+        run = recovery.run(batches, unseen)
         result = _with_parameters(self, student.cpu())
         mae = parameter_mae(ParameterSpace.of(original), result.parameter_space(original))
-        fidelity = verify(original, result.program, held or validation, objective, mae, progress)
+        fidelity = verify(original, result.program, held or unseen, objective, mae, progress)
         if not held:
             fidelity = replace(fidelity, data=VALIDATION)
         return replace(result, fidelity=fidelity, report=self.report.after_recovery(fidelity, run.history))

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -174,6 +174,12 @@ class Plan:
                 f"cannot read the plan: {error}", where=str(path), fix="give a plan file"
             ) from error
         return cls.from_json(text)
+
+    def scaled_to(self, loss: float) -> Plan:
+        """This plan with the losses of its choices scaled so that they add up to ``loss``."""
+        change = loss / self.loss if self.loss else 1.0
+        choices = tuple(replace(item, loss=item.loss and item.loss * change) for item in self.choices)
+        return replace(self, choices=choices, loss=loss)
 
     def edit(self, changes: Mapping[str, Factorization], regions: Iterable[Region] = ()) -> Plan:
         """This plan with the factorizations of some regions replaced, priced anew.

@@ -27,7 +27,8 @@ class Training:
 
     Attributes:
         steps: of the optimizer.
-        learning_rate: at its peak, of the default optimizer.
+        learning_rate: at its peak, of the default optimizer: the share of its root mean square by which a
+            tensor's numbers change in a step. What is larger, as norms are beside factors, steps further.
         accumulate: batches per step.
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.
@@ -40,7 +41,7 @@ class Training:
     """
 
     steps: int = 200
-    learning_rate: float = 1e-5
+    learning_rate: float = 3e-4
     accumulate: int = 1
     every: int = 20
     vectors: bool = True
@@ -58,7 +59,7 @@ class Training:
                 raise ConfigError(f"{name} is {value!r}", where="recover", fix="give 1 or more")
         rate = self.learning_rate
         if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
-            raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 1e-5")
+            raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 3e-4")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Training:
@@ -78,7 +79,8 @@ class Training:
         """The optimizer of the parameters."""
         if self.optimizer is not None:
             return self.optimizer(trained)
-        return torch.optim.AdamW(trained, lr=self.learning_rate, betas=BETAS, weight_decay=0.0)
+        groups = [{"params": [part], "lr": self.learning_rate * _size(part)} for part in trained]
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
     def made_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Its schedule."""
@@ -91,3 +93,8 @@ class Training:
             return min(1.0, (step + 1) / warm) * cosine
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _size(part: nn.Parameter) -> float:
+    """Root mean square; 1 where all is zero, as of a bias that nothing has moved yet."""
+    return float(part.detach().double().square().mean().sqrt()) or 1.0

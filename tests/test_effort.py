@@ -9,6 +9,7 @@ import tiny_models
 import torch
 
 import geofx
+from geofx.api import optimize_analysis
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.effort import EFFORTS, effort_named, loss_on
@@ -200,6 +201,24 @@ def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
     assert result.plan.loss <= asked
     assert result.plan.loss > asked / 4
     assert result.plan.rewritten
+
+
+def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
+    made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
+    assert len(made.calibration) == 4 * 5
+    budget = Budget(size=0.6)
+    plain = made.plan(budget)
+    rewrites, _ = made.fit(plain)
+    program = made.lower(plain, rewrites)
+    before = verify(made.original, program, made.validation, made.objective).loss_increase
+    result = optimize_analysis(made, budget)
+    after = verify(made.original, result.program, made.validation, made.objective).loss_increase
+    assert after < before
+    assert result.plan.loss == pytest.approx(after)
+    assert result.report.predicted_loss == result.plan.loss
+    assert [row["step"] for row in result.report.recovery] == [0, 16, 32, 48, 64]
+    assert "refine" in [stage.name for stage in result.report.stages]
+    assert result.program.size_bytes() == plain.predicted.bytes
 
 
 def test_levels() -> None:
