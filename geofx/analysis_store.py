@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ class StoredAnalysis:
     loss_ratio: float = 1.0
 
 
+@dataclass(frozen=True)
+class Heading:
+    """What can be told of an analysis folder before its tensors are read.
+
+    Attributes:
+        held_out: whether it has batches to measure results on.
+    """
+
+    mode: Mode
+    held_out: bool
+
+
 def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the folder ``path``: symmetric matrices as triangles, hashed, all or nothing.
 
@@ -125,8 +138,27 @@ def read_analysis(path: str | Path) -> StoredAnalysis:
         ArtifactCorruptError: the folder is damaged.
     """
     root = real_folder(path)
-    try:
+    with _typed_errors(root):
         return _stored(*_read(root))
+
+
+def read_heading(path: str | Path) -> Heading:
+    """From the manifest alone, which no hash covers: `read_analysis` checks the rest.
+
+    Raises:
+        ArtifactVersionError: a newer geofx wrote it.
+        ArtifactCorruptError: it is no analysis.
+    """
+    root = real_folder(path)
+    with _typed_errors(root):
+        meta = _meta(root)
+        return Heading(meta.mode, bool(_group({**meta.tensors, **meta.constants}, "holdout")))
+
+
+@contextmanager
+def _typed_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
     except GeofxError:
         raise
     except _MALFORMED as error:
@@ -186,6 +218,13 @@ def _batch_values(analysis: StoredAnalysis) -> Iterator[tuple[str, Any]]:
 
 
 def _read(root: Path) -> tuple[_Meta, dict[str, Tensor]]:
+    meta = _meta(root)
+    if hashlib.sha256((root / TENSORS).read_bytes()).hexdigest() != meta.files[TENSORS]["sha256"]:
+        raise ArtifactCorruptError(f"{TENSORS} is damaged", where=str(root), fix="analyze again")
+    return meta, read_tensors(root / TENSORS, meta.tensors)
+
+
+def _meta(root: Path) -> _Meta:
     text = (root / MANIFEST).read_bytes()
     data = strict_json.loads(text, MANIFEST)
     if not isinstance(data, dict) or type(data.get("schema_version")) is not int or "mode" not in data:
@@ -193,10 +232,7 @@ def _read(root: Path) -> tuple[_Meta, dict[str, Tensor]]:
     if data["schema_version"] > SCHEMA_VERSION:
         what = f"an analysis with schema {data['schema_version']}; this geofx reads up to {SCHEMA_VERSION}"
         raise ArtifactVersionError(what, where=str(root), fix="install a newer geofx")
-    meta = TypeAdapter(_Meta).validate_json(text)
-    if hashlib.sha256((root / TENSORS).read_bytes()).hexdigest() != meta.files[TENSORS]["sha256"]:
-        raise ArtifactCorruptError(f"{TENSORS} is damaged", where=str(root), fix="analyze again")
-    return meta, read_tensors(root / TENSORS, meta.tensors)
+    return TypeAdapter(_Meta).validate_json(text)
 
 
 def _group(stored: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from geofx import cli_options as options
-from geofx.cli_analysis import check_written, kept_or_new, new_analysis
+from geofx.cli_analysis import Wanted, check_written, kept_or_new
 from geofx.cli_console import show, show_json, working
 from geofx.compare_run import ROUNDS, compare_analysis
 from geofx.compare_subjects import reads_directions
@@ -20,6 +20,7 @@ KEEP = "0.8"
 
 
 def compare(
+    context: typer.Context,
     model: options.Model,
     text: options.Text = None,
     data: options.Data = None,
@@ -52,20 +53,14 @@ def compare(
 ) -> None:
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
     shares = options.shares_of(keep)
-    kept = check_written(output, chart, analysis)
-    options.check_data(text, data, holdout, needed=not kept)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    kept = check_written(output, chart, analysis, wanted, context)
+    options.check_data(text, data, holdout, needed=kept is None)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
         directions = reads_directions(_names(formats), _names(recipes))
-        found = kept_or_new(
-            analysis,
-            source,
-            progress,
-            lambda: new_analysis(
-                source, text, data, holdout, mode, tokens, length, seed, progress, directions
-            ),
-        )
+        found = kept_or_new(analysis, source, wanted, progress, directions)
         made = compare_analysis(
             found,
             shares,

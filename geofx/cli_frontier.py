@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from geofx import cli_options as options
-from geofx.cli_analysis import check_written, kept_or_new, new_analysis
+from geofx.cli_analysis import Wanted, check_written, kept_or_new
 from geofx.cli_console import show, show_json, working
 from geofx.frontier_run import frontier_of
 from geofx.frontier_views import draw_frontier, frontier_table
@@ -16,6 +16,7 @@ from geofx.sources import load_source
 
 
 def frontier(
+    context: typer.Context,
     model: options.Model,
     text: options.Text = None,
     data: options.Data = None,
@@ -46,23 +47,19 @@ def frontier(
     as_json: options.Json = False,
 ) -> None:
     """Show what each size of MODEL would lose, from one analysis."""
-    kept = check_written(output, chart, analysis)
-    wanted, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
-    options.check_data(text, data, holdout, needed=mode != "data_free" and not kept)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    kept = check_written(output, chart, analysis, wanted, context)
+    planned, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
+    options.check_data(text, data, holdout, needed=mode != "data_free" and kept is None)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
         options.check_patterns(source, include, ignore)
-        found = kept_or_new(
-            analysis,
-            source,
-            progress,
-            lambda: new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress),
-        )
+        found = kept_or_new(analysis, source, wanted, progress)
         made = frontier_of(
             found,
             by,
-            wanted,
+            planned,
             measured=measured or (),
             scope=scope,
             name=source.description,

@@ -12,9 +12,9 @@ import typer
 from geofx import cli_options as options
 from geofx.analysis import Analysis
 from geofx.api import optimize_analysis
-from geofx.cli_analysis import check_written, kept_analysis, kept_or_new, new_analysis
+from geofx.cli_analysis import Wanted, check_kept, check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
-from geofx.folder import check_files, check_target, real_folder, write_file
+from geofx.folder import check_files, check_target, write_file
 from geofx.model import OptimizedModel
 from geofx.plan import Plan
 from geofx.report_html import report_html
@@ -54,18 +54,20 @@ def optimize(
     budget = options.budget_of(size, parameters, flops, loss, scope)
     check_target(output, overwrite=overwrite)
     check_files(html)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
     options.check_data(text, data, holdout, needed=mode != "data_free")
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
         options.check_patterns(source, include, ignore)
-        analysis = new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+        analysis = new_analysis(source, wanted, progress)
         result = optimize_analysis(analysis, budget, include=include, ignore=ignore or ())
         result = _saved(result, analysis, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 
 
 def plan(
+    context: typer.Context,
     model: options.Model,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="PLAN", help="File to write.")
@@ -89,18 +91,14 @@ def plan(
 ) -> None:
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
-    kept = check_written(None if dry_run else output, None, analysis)
-    options.check_data(text, data, None, needed=mode != "data_free" and not kept)
+    wanted = Wanted(text, data, None, mode, tokens, length, seed)
+    kept = check_written(None if dry_run else output, None, analysis, wanted, context)
+    options.check_data(text, data, None, needed=mode != "data_free" and kept is None)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
         options.check_patterns(source, include, ignore)
-        found = kept_or_new(
-            analysis,
-            source,
-            progress,
-            lambda: new_analysis(source, text, data, None, mode, tokens, length, seed, progress),
-        )
+        found = kept_or_new(analysis, source, wanted, progress)
         made = found.plan(budget, include=include, ignore=ignore or ())
         if not dry_run:
             write_file(output, made.to_json())
@@ -111,6 +109,7 @@ def plan(
 
 
 def apply(
+    context: typer.Context,
     model: options.Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan that geofx plan wrote.")],
     output: options.Output,
@@ -132,16 +131,17 @@ def apply(
     made = Plan.load(plan_file)
     check_target(output, overwrite=overwrite)
     check_files(html)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
     options.check_data(text, data, holdout, needed=mode != "data_free" and analysis is None)
     if analysis is not None:
-        real_folder(analysis)
+        check_kept(analysis, wanted, context)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
         if analysis is not None:
             found = kept_analysis(analysis, source, progress)
         else:
-            found = new_analysis(source, text, data, holdout, mode, tokens, length, seed, progress)
+            found = new_analysis(source, wanted, progress)
         result = _saved(found.apply(made), found, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 

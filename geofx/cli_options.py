@@ -76,6 +76,12 @@ KeptAnalysis = Annotated[
 Original = Annotated[str | None, typer.Option(metavar="MODEL", help="The original model, to compare with.")]
 
 
+def given(context: typer.Context) -> set[str]:
+    """The names of the options that stand on the command line, so not those left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def budget_of(
     size: str | None, parameters: str | None, flops: str | None, loss: float | None, scope: Any
 ) -> Budget:
