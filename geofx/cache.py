@@ -62,7 +62,10 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the cache folder cannot be made: {error.strerror}"
-            raise ArtifactError(what, where=str(self.folder), fix="give another by --cache") from error
+            raise ArtifactError(what, where=str(self.folder), fix="give another folder") from error
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            what = "the cache folder is read-only"
+            raise ArtifactError(what, where=str(self.folder), fix="give another folder")
 
     @contextmanager
     def claimed(self, key: str) -> Iterator[None]:
@@ -109,7 +112,9 @@ class Cache:
                 file.write_text(text, encoding="utf-8")
         except OSError as error:
             what = f"the cache cannot be written: {error.strerror}"
-            raise ArtifactError(what, where=str(self.folder), fix="free some disk or give --cache") from error
+            raise ArtifactError(
+                what, where=str(self.folder), fix="free some disk, or give another folder"
+            ) from error
 
     def drop_tensors(self, keys: Iterable[str]) -> None:
         """Forget the tensors at ``keys``; their values stay."""

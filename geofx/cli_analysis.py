@@ -33,6 +33,11 @@ class Wanted:
     length: int
     seed: int
 
+    @property
+    def held_out(self) -> bool:
+        """Whether there is something to measure results on: where none is named, part of the calibration."""
+        return bool(self.text or self.data or self.holdout)
+
 
 def check_written(
     output: Path | None, chart: Path | None, analysis: Path | None, wanted: Wanted, context: typer.Context
@@ -78,6 +83,14 @@ def check_kept(folder: Path, wanted: Wanted, context: typer.Context) -> Heading:
             verb,
         )
     return found
+
+
+def check_held_out(kept: Heading | None, wanted: Wanted, what: str) -> None:
+    """Raises before any work if there will be nothing to ``what`` on."""
+    if not (wanted.held_out if kept is None else kept.held_out):
+        anew = "" if kept is None else "name another folder to analyze anew, and "
+        fix = f"{anew}give --text FILE, --data module:function or --holdout FILE"
+        raise ConfigError(f"there is no held-out data to {what} on", fix=fix)
 
 
 def new_analysis(

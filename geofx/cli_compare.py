@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from geofx import cli_options as options
-from geofx.cli_analysis import Wanted, check_written, kept_or_new
+from geofx.cache import Cache, default_folder
+from geofx.cli_analysis import Wanted, check_held_out, check_written, kept_or_new
 from geofx.cli_console import show, show_json, working
 from geofx.compare_run import ROUNDS, compare_analysis
-from geofx.compare_subjects import reads_directions
+from geofx.compare_subjects import reads_directions, subjects
+from geofx.comparison import Engine
 from geofx.comparison_figures import draw_chart
 from geofx.comparison_table import comparison_tables
+from geofx.errors import ConfigError
 from geofx.sources import load_source
 
 KEEP = "0.8"
@@ -52,10 +55,13 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
-    shares = options.shares_of(keep)
+    shares, engines = options.shares_of(keep), _engines(latency)
+    _check_names(_names(formats), _names(recipes))
     wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
     kept = check_written(output, chart, analysis, wanted, context)
     options.check_data(text, data, holdout, needed=kept is None)
+    check_held_out(kept, wanted, "compare")
+    Cache(cache or default_folder())
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)
@@ -66,7 +72,7 @@ def compare(
             shares,
             formats=_names(formats),
             recipes=_names(recipes),
-            latency=_engines(latency),
+            latency=engines,
             cache=cache,
             rounds=rounds,
             name=source.description,
@@ -81,9 +87,20 @@ def compare(
         show(*comparison_tables(made))
 
 
+def _check_names(formats: Any, recipes: Any) -> None:
+    """Raises where a name is not known; which kinds of region the model has shows only later."""
+    subjects(formats, recipes, {})
+    if formats == recipes == "none":
+        raise ConfigError("there is nothing to compare", fix="name --formats or --recipes")
+
+
 def _engines(text: str) -> Any:
     named = {"none": [], "both": ["torch", "onnx"]}
-    return named[text] if text in named else _names(text)
+    engines = named[text] if text in named else [part.strip() for part in text.split(",")]
+    for engine in engines:
+        if engine not in get_args(Engine):
+            raise ConfigError(f"no engine {engine!r}", fix="use torch, onnx, both or none")
+    return engines
 
 
 def _names(text: str) -> Any:

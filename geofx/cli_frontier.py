@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from geofx import cli_options as options
-from geofx.cli_analysis import Wanted, check_written, kept_or_new
+from geofx.cli_analysis import Wanted, check_held_out, check_written, kept_or_new
 from geofx.cli_console import show, show_json, working
 from geofx.frontier_run import frontier_of
 from geofx.frontier_views import draw_frontier, frontier_table
@@ -49,8 +49,12 @@ def frontier(
     """Show what each size of MODEL would lose, from one analysis."""
     wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
     kept = check_written(output, chart, analysis, wanted, context)
-    planned, measured = (None if given is None else options.shares_of(given) for given in (shares, measure))
+    planned, measured = (
+        None if given is None else options.shares_of(given, whole=True) for given in (shares, measure)
+    )
     options.check_data(text, data, holdout, needed=mode != "data_free" and kept is None)
+    if measured:
+        check_held_out(kept, wanted, "measure")
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)

@@ -52,6 +52,7 @@ def optimize(
 ) -> None:
     """Compress MODEL to a budget, verify it on held-out data and save it in OUT."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
+    options.check_loss(loss, mode)
     check_target(output, overwrite=overwrite)
     check_files(html)
     wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
@@ -93,6 +94,7 @@ def plan(
     budget = options.budget_of(size, parameters, flops, loss, scope)
     wanted = Wanted(text, data, None, mode, tokens, length, seed)
     kept = check_written(None if dry_run else output, None, analysis, wanted, context)
+    options.check_loss(loss, mode if kept is None else kept.mode)
     options.check_data(text, data, None, needed=mode != "data_free" and kept is None)
     with working() as progress:
         with progress.step("load"):

@@ -94,16 +94,30 @@ def budget_of(
     return Budget(**{name: _amount(text) for name, text in amounts.items()}, loss=loss, scope=scope)
 
 
-def shares_of(text: str) -> list[float]:
-    """``0.9,0.8`` as numbers.
+def shares_of(text: str, whole: bool = False) -> list[float]:
+    """``0.9,0.8`` as numbers between 0 and 1, or 1 too where the ``whole`` is a share like others.
 
     Raises:
         ConfigError: it is something else.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{text!r} are no shares", fix="give 0.8 or 0.9,0.8,0.6") from None
+    for share in shares:
+        if not (0.0 < share < 1.0 or (whole and share == 1.0)):
+            fix = "give shares above 0 and at most 1" if whole else "give shares between 0 and 1"
+            raise ConfigError(f"{share} is not a share that can be kept", fix=fix)
+    return shares
+
+
+def check_loss(loss: float | None, mode: Mode) -> None:
+    """Raises before any work if a budget for the loss is asked of statistics that do not measure it."""
+    if loss is not None and mode != "two_sided":
+        raise ConfigError(
+            f"--loss needs gradients, and --mode {mode} takes none",
+            fix="use --mode two_sided, or another budget than --loss",
+        )
 
 
 def check_data(text: str | None, data: str | None, holdout: str | None, needed: bool = True) -> None:

@@ -15,6 +15,10 @@ import torch
 def model():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.ReLU(), torch.nn.Linear(32, 20))
+def model_with_inputs():
+    made = model()
+    made.dummy_inputs = {"input": torch.ones(2, 24)}
+    return made
 def batches():
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(64, 24, generator=generator) for _ in range(4)]

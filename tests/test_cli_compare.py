@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from geofx import cli_compare
 from geofx.cli import main
 from geofx.comparison import Comparison
 
@@ -75,7 +76,7 @@ def test_an_analysis_is_kept_and_used_again(folder: Path, capsys: pytest.Capture
     ("arguments", "message"),
     [
         (["--keep", "much"], "are no shares"),
-        (["--keep", "1.5"], "cannot be kept"),
+        (["--keep", "1.5"], "that can be kept"),
         (["--formats", "low_rang"], "no format 'low_rang'"),
         (["--recipes", "svd_lm"], "no recipe 'svd_lm'"),
         (["--latency", "tpu"], "no engine 'tpu'"),
@@ -85,10 +86,17 @@ def test_an_analysis_is_kept_and_used_again(folder: Path, capsys: pytest.Capture
         (["--chart", "missing/chart.svg"], "parent folder does not exist"),
         (["-o", "missing/made.json"], "parent folder does not exist"),
         (["--text", "python"], "both --text and --data"),
+        (["--keep", "2"], "give shares between 0 and 1"),
+        (["--keep", "1"], "give shares between 0 and 1"),
+        (["--keep", "nan"], "give shares between 0 and 1"),
+        (["--formats", "none", "--recipes", "none"], "there is nothing to compare"),
+        (["--cache", "geofx_compared_functions.py"], "the cache folder cannot be made"),
+        (["--cache", "geofx_compared_functions.py/cache"], "the cache folder cannot be made"),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_done_is_said_before_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cli_compare, "load_source", lambda name: pytest.fail("work began"))
     assert main([*ARGUMENTS, *arguments]) in (2, 6)
     assert message in capsys.readouterr().err.replace("\n", " ")

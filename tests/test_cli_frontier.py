@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_cli_compare import MODEL
 
+from geofx import cli_frontier
 from geofx.cli import main
 from geofx.frontier import Frontier
 
@@ -41,12 +42,35 @@ def test_one_analysis_gives_table_json_and_chart(folder: Path, capsys: pytest.Ca
         (["--shares", "0.9", "--chart", "made.txt"], 2, "not a chart file"),
         (["--by", "latency"], 2, "latency"),
         (["--chart", "one.svg", "-o", "one.svg"], 2, "one file"),
+        (["--shares", "0.9,1.5"], 2, "at most 1"),
+        (["--measure", "0"], 2, "at most 1"),
     ],
 )
 def test_wrong_options_are_refused_at_once(
-    options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cli_frontier, "load_source", lambda name: pytest.fail("work began"))
     assert main([*ARGUMENTS, *options]) == code
+    assert message in capsys.readouterr().err
+
+
+HELD_OUT = "there is no held-out data to measure on"
+
+
+def test_measuring_without_held_out_data_is_refused_before_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = ["frontier", f"{MODEL}_with_inputs", "--mode", "data_free"]
+    assert main([*free, "--shares", "0.9", "--analysis", "kept"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(cli_frontier, "load_source", lambda name: pytest.fail("work began"))
+    assert main([*free, "--measure", "0.9"]) == 2
+    assert HELD_OUT in capsys.readouterr().err
+    assert main(["frontier", MODEL, "--measure", "0.9", "--analysis", "kept"]) == 2
     error = capsys.readouterr().err
-    assert message in error
-    assert "calibrate" not in error
+    assert HELD_OUT in error
+    assert "another folder" in error

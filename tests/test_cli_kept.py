@@ -68,6 +68,16 @@ def test_another_mode_than_that_of_the_analysis_is_refused_before_work(
     assert "was made with --mode two_sided, not data_free" in said(capsys)
 
 
+def test_a_budget_for_the_loss_is_refused_before_work_where_the_analysis_has_no_gradients(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ["plan", MODEL, "--analysis", "kept"]
+    assert main([*made, "--size", "0.9", "--mode", "forward", *DATA]) == 0
+    monkeypatch.setattr(cli_optimize, "load_source", unreachable)
+    assert main([*made, "--loss", "0.1"]) == 2
+    assert "--loss needs gradients, and --mode forward takes none" in said(capsys)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"schema_version": 99, "mode": "two_sided"}'])
 def test_what_is_no_analysis_is_told_before_work(
     content: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -86,6 +86,8 @@ def test_row_5_a_wrong_option_is_named(
         (["--size", "0.8", "--text", "missing.txt"], 4, "no such text file"),
         (["--size", "0.8", "--text", "a", "--data", "a:b"], 2, "both --text and --data"),
         (["--size", "0.8", "--text", "python", "-o", "missing/out"], 6, "parent folder"),
+        (["--loss", "0.1", "--text", "python", "--mode", "forward"], 2, "--loss needs gradients"),
+        (["--loss", "0.1", "--mode", "data_free"], 2, "--loss needs gradients"),
     ],
 )
 def test_checks_come_before_work(
