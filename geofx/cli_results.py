@@ -18,6 +18,7 @@ from geofx import cli_options as options
 from geofx.batches import Batch
 from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
+from geofx.cli_original import original_of
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import target_file
@@ -31,7 +32,6 @@ from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
 from geofx.text import longest_sequence, windows
-from geofx.trace import trace
 from geofx.verify import Fidelity, verify
 
 EVAL_TOKENS = 16384
@@ -113,8 +113,8 @@ def evaluate(
     with working() as progress:
         result = load(saved)
         source = None if original is None else load_source(original)
+        reference = result.program if source is None else original_of(result, source)
         batches = _windows(saved, source, text, tokens, length, longest_sequence(result.config))
-        reference = result.program if source is None else trace(source.model, batches[0])
         objective = choose_objective(reference, batches[0], None)
         fidelity = verify(reference, result.program, batches, objective, progress=progress)
     figures = _figures(fidelity, compared=source is not None)
@@ -146,7 +146,7 @@ def bench(
         inputs = bench_inputs(result.program, batch, length)
         calls: dict[str, Callable[[], object]] = {}
         if original is not None:
-            program = trace(load_source(original).model, dict(result.program.example))
+            program = original_of(result, load_source(original))
             calls["original, torch"] = lambda: program(**inputs)
         calls["optimized, torch"] = lambda: result.program(**inputs)
         if onnx is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,23 @@ def test_bench(saved: Path, model_folder: Path, capsys: pytest.CaptureFixture[st
     seconds = document(capsys)["seconds"]
     assert set(seconds) == {"original, torch", "optimized, torch"}
     assert min(seconds.values()) > 0.0
+
+
+@pytest.mark.parametrize("command", [["eval", "--text", "python"], ["bench"]], ids=["eval", "bench"])
+def test_another_model_than_the_original_is_refused(
+    command: list[str], saved: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    model = transformers.AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1.0
+    model.save_pretrained(other)
+    assert main([command[0], str(saved), *command[1:], "--original", str(other)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is not the model that the saved result was made from" in captured.err
+    assert "where: --original other" in captured.err
 
 
 def test_export(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
