@@ -9,7 +9,16 @@ from markupsafe import Markup
 
 from geofx.report import Report
 from geofx.report_figures import heat_map_svg, spectra_svg, stages_svg
-from geofx.report_rows import comparison, in_bytes, in_count, in_loss, in_percent, in_seconds, plain
+from geofx.report_rows import (
+    comparison,
+    in_bytes,
+    in_count,
+    in_loss,
+    in_percent,
+    in_seconds,
+    plain,
+    recovery_rows,
+)
 
 MOST_REFUSALS = 20
 
@@ -32,6 +41,7 @@ def report_html(report: Report) -> str:
         report=report,
         rows=comparison(report),
         headline=_headline(report),
+        recovery=recovery_rows(report),
         rewritten=[row for row in report.regions if row.factorization != "dense"],
         most_refusals=MOST_REFUSALS,
         heat_map=Markup(heat_map_svg(report)),  # noqa: S704 (our own drawing; matplotlib escapes the labels)

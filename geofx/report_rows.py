@@ -10,6 +10,7 @@ from geofx.report import RegionRow, Report
 Format = Callable[[float], str]
 
 ABSENT = "–"
+MOST_VALIDATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,21 @@ def comparison(report: Report) -> tuple[Row, ...]:
     """Original against optimized, one row per figure that was taken of either."""
     rows = [_row(label, name, form, report) for label, name, form in FIGURES]
     return tuple(row for row in (*rows, *_differences(report)) if row is not None)
+
+
+def recovery_rows(report: Report) -> tuple[tuple[str, str, str], ...]:
+    """(step, training, validation) of the training after the rewrite, thinned evenly between its ends."""
+    history, most = report.recovery, MOST_VALIDATIONS
+    if len(history) > most:
+        history = tuple(history[index * (len(history) - 1) // (most - 1)] for index in range(most))
+    return tuple(
+        (
+            _shown(item.get("step"), "{:.0f}".format),
+            _shown(item.get("training"), in_loss),
+            _shown(item.get("validation"), in_loss),
+        )
+        for item in history
+    )
 
 
 def heat_map(report: Report) -> tuple[Cell, ...]:
@@ -65,7 +81,9 @@ def in_count(value: float) -> str:
 
 
 def in_seconds(value: float) -> str:
-    """``12.3 ms``, or seconds from one second on."""
+    """``12.3 ms``, seconds from one second on, microseconds below one millisecond."""
+    if 0.0 < value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
     return f"{value:.1f} s" if value >= 1.0 else f"{value * 1e3:.1f} ms"
 
 
@@ -97,8 +115,11 @@ def _row(label: str, name: str, form: Format, report: Report) -> Row | None:
     before, after = getattr(report.original, name), getattr(report.optimized, name)
     if (before is None and after is None) or (name == "perplexity" and not _predicts_tokens(report)):
         return None
-    shown = [ABSENT if value is None else form(value) for value in (before, after)]
-    return Row(label, shown[0], shown[1], _change(name, before, after))
+    return Row(label, _shown(before, form), _shown(after, form), _change(name, before, after))
+
+
+def _shown(value: float | None, form: Format) -> str:
+    return ABSENT if value is None else form(value)
 
 
 def _change(name: str, before: float | None, after: float | None) -> str:

@@ -9,21 +9,23 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geofx.report import Report
-from geofx.report_rows import comparison, in_bytes, in_loss, in_percent, in_seconds, plain
+from geofx.report import RegionRow, Report
+from geofx.report_rows import comparison, in_bytes, in_loss, in_percent, in_seconds, plain, recovery_rows
 
 MOST_REGIONS = 12
 
 
 def report_tables(report: Report, regions: int = MOST_REGIONS) -> Iterator[RenderableType]:
-    """What was asked, original against optimized, the dearest regions, the stages."""
+    """What was asked, original against optimized, the dearest regions, the recovery, the stages."""
     yield Text(f"{plain(report.model)}: {plain(report.budget)}", style="bold")
     yield Text(f"Counted as {plain(report.counting)}.", style="dim")
     yield comparison_table(report)
     if report.regions and regions:
-        yield region_table(report, regions)
+        yield region_table(report, regions) if _rewritten(report) else _nothing_rewritten(report)
         if any(row.subspaces for row in report.regions):
             yield geometry_table(report)
+    if report.recovery:
+        yield recovery_table(report)
     if report.stages:
         yield stage_table(report)
     for note in report.notes[:MOST_REGIONS]:
@@ -40,7 +42,7 @@ def comparison_table(report: Report) -> Table:
 
 def region_table(report: Report, most: int) -> Table:
     """The rewritten regions with the largest predicted loss."""
-    rewritten = [row for row in report.regions if row.factorization != "dense"]
+    rewritten = _rewritten(report)
     dearest = sorted(rewritten, key=lambda row: row.loss or 0.0, reverse=True)[:most]
     table = _table("region", "form", "rank", "kept", "predicted\nloss", "99 %\nrank")
     table.columns[0].min_width = 20  # so that the figures fit a line of 80 characters beside it
@@ -61,6 +63,14 @@ def region_table(report: Report, most: int) -> Table:
     return table
 
 
+def _rewritten(report: Report) -> list[RegionRow]:
+    return [row for row in report.regions if row.factorization != "dense"]
+
+
+def _nothing_rewritten(report: Report) -> Text:
+    return Text(f"0 of {len(report.regions)} regions rewritten", style="bold")
+
+
 def geometry_table(report: Report) -> Table:
     """The forms in the plan: how many subspaces, and what happens among them."""
     kinds = Counter(
@@ -73,6 +83,17 @@ def geometry_table(report: Report) -> Table:
         )
     for (form, subspaces, transformations), number in kinds.most_common():
         table.add_row(Text(plain(form)), str(number), Text(plain(subspaces)), Text(plain(transformations)))
+    return table
+
+
+def recovery_table(report: Report) -> Table:
+    """How the training after the rewrite went."""
+    table = Table(title_justify="left", title_style="bold", header_style="bold")
+    table.title = "Recovery: distance to the original's outputs"
+    for name in ("step", "training", "validation"):
+        table.add_column(name, justify="right")
+    for row in recovery_rows(report):
+        table.add_row(*row)
     return table
 
 

@@ -19,7 +19,16 @@ from geofx.errors import ArtifactCorruptError
 from geofx.report import CalibrationCard, Measured, RegionRow, Report, Stage
 from geofx.report_figures import heat_map_svg, spectra_svg, stages_svg
 from geofx.report_html import report_html
-from geofx.report_rows import comparison, heat_map, in_bytes, in_count, in_loss, in_seconds, plain
+from geofx.report_rows import (
+    comparison,
+    heat_map,
+    in_bytes,
+    in_count,
+    in_loss,
+    in_seconds,
+    plain,
+    recovery_rows,
+)
 from geofx.report_table import region_table, report_tables
 
 EVIL = "<img src=x onerror=alert(1)>\x1b]8;;http://evil\x07$x$"
@@ -127,6 +136,9 @@ def test_figures_that_were_not_taken_are_left_out() -> None:
         (in_count, 12, "12"),
         (in_seconds, 0.0123, "12.3 ms"),
         (in_seconds, 61.0, "61.0 s"),
+        (in_seconds, 30e-6, "30.0 µs"),
+        (in_seconds, 0.00075, "750.0 µs"),
+        (in_seconds, 0.0, "0.0 ms"),
         (in_loss, 0.19, "0.1900"),
         (in_loss, 0.00004, "4.00e-05"),
         (in_loss, 0.0, "0.0000"),
@@ -143,6 +155,34 @@ def test_the_heat_map_reads_layer_and_matmul_from_the_name() -> None:
     )
     found = [(cell.layer, cell.matmul) for cell in heat_map(report)]
     assert found == [(3, "mlp.up"), (11, "attn.c_attn"), (0, "x")]
+
+
+def test_the_recovery_is_shown_in_both_reports() -> None:
+    history = ({"step": 0, "validation": 0.5}, {"step": 20, "validation": 0.25, "training": 0.375})
+    report = dataclasses.replace(example(), recovery=history)
+    assert recovery_rows(report) == (("0", "–", "0.5000"), ("20", "0.3750", "0.2500"))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*report_tables(report))
+    for written in (console.file.getvalue(), Page(report_html(report)).text):  # type: ignore[attr-defined]
+        assert "Recovery" in written
+        for figure in ("validation", "0.5000", "0.3750", "0.2500"):
+            assert figure in written
+    assert "Recovery" not in report_html(example())
+
+
+def test_a_long_recovery_is_thinned_to_its_ends_and_between() -> None:
+    history = tuple({"step": step, "validation": 1.0, "training": 1.0} for step in range(0, 2001, 20))
+    rows = recovery_rows(dataclasses.replace(example(), recovery=history))
+    assert len(rows) == 12
+    assert (rows[0][0], rows[-1][0]) == ("0", "2000")
+
+
+def test_a_plan_that_rewrites_nothing_has_no_table_of_regions() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*report_tables(dataclasses.replace(example(), regions=(example().regions[1],))))
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0 of 1 regions rewritten" in written
+    assert "dearest" not in written
 
 
 # --- HTML ------------------------------------------------------------------------------------
