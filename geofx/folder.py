@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all: staged beside the target, synced, renamed into place."""
+"""Write a folder, or a file, whole or not at all: staged beside the target, synced, renamed into place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANIFEST = "geofx.json"
 Content: TypeAlias = bytes | Callable[[Path], None]
 """A file's bytes, or what writes them to the path given."""
 
-_RECOVERY_WAIT_S = 60.0
+_WAIT_S = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -75,15 +75,38 @@ def _check_file(path: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8.
+    """Write ``text`` as UTF-8, all or nothing; a link stays a link, and a file keeps its mode.
+
+    Pipes and devices, and a file in a folder that is read-only, are written to as they stand.
 
     Raises:
         ArtifactError: the file cannot be written.
         ResourceError: the disk is full.
     """
     check_files(path)
-    with _typed_errors(_resolve(path), len(text)):
-        path.expanduser().write_text(text, encoding="utf-8")
+    place, target, content = path.expanduser(), _resolve(path), text.encode()
+    with _typed_errors(target, len(content)):
+        special = place.exists() and not place.is_file()
+        if special or not os.access(target.parent, os.W_OK | os.X_OK):
+            place.write_bytes(content)
+            return
+        with _only_writer(target, _WAIT_S):
+            for leftover in target.parent.glob(_sibling(target, "file.*").name):
+                leftover.unlink(missing_ok=True)
+            _replace_file(target, content)
+
+
+def _replace_file(target: Path, content: bytes) -> None:
+    staging = _sibling(target, f"file.{_owner()}")
+    try:
+        staging.write_bytes(content)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, staging)
+        _sync(staging)
+        staging.replace(target)
+        _sync(target.parent)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_folder(
@@ -126,7 +149,7 @@ def real_folder(path: str | Path) -> Path:
     with _typed_errors(Path(path), 0):
         target = _resolve(path)
         if not target.exists() and _sibling(target, "old").exists():
-            with _only_writer(target, _RECOVERY_WAIT_S):
+            with _only_writer(target, _WAIT_S):
                 _clear_leftovers(target)
     if not target.is_dir():
         raise ArtifactError("there is no folder", where=str(path), fix="pass a folder that geofx saved")
@@ -231,7 +254,7 @@ def _only_writer(target: Path, wait_s: float) -> Iterator[None]:
     except Timeout as error:
         writers = target.parent.glob(_sibling(target, "new.*").name)
         names = ", ".join(entry.name.split(".new.")[-1] for entry in writers) or "just started"
-        what = f"another process is writing this folder ({names})"
+        what = f"another process is writing it ({names})"
         raise ArtifactError(what, where=str(target), fix="wait for it to end") from error
     with held:
         try:
@@ -248,7 +271,7 @@ def _typed_errors(target: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise _disk_full(target, needed) from error
-        what = f"cannot use the folder: {error.strerror or error}"
+        what = f"the system refuses: {error.strerror or error}"
         raise ArtifactError(what, where=str(target)[:300], fix="choose another place") from error
 
 

@@ -25,8 +25,9 @@ from geofx.choice import (
     require_disjoint,
     require_fits,
 )
-from geofx.errors import ArtifactError, ArtifactMismatchError, ConfigError, PlanError
+from geofx.errors import ArtifactMismatchError, ConfigError, PlanError
 from geofx.factorizations import Dense, Factorization
+from geofx.folder import write_file
 from geofx.patterns import nearest
 from geofx.region import Region
 from geofx.strict_json import MAX_BYTES, parse
@@ -151,13 +152,9 @@ class Plan:
         """Write the JSON text to ``path``.
 
         Raises:
-            ArtifactError: it cannot be written.
+            ArtifactError, ResourceError: it cannot be written; what was there is as it was.
         """
-        try:
-            Path(path).write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            what = f"the plan cannot be written: {error.strerror}"
-            raise ArtifactError(what, where=str(path), fix="choose another place") from error
+        write_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -158,16 +158,18 @@ def test_a_full_disk_behind_stdout_is_a_plain_error(
 def test_a_disk_that_fills_up_late_is_a_plain_error(
     functions: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def full(file: Path, *arguments: Any, **settings: Any) -> int:
-        if file.name == "r.html":
+    def full(file: Path, content: Any) -> int:
+        if file.name.startswith(".tmp-geofx-"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, *arguments, **settings)
+        return real(file, content)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    Path("r.html").write_text("an older report")
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert optimize(functions, "model", "batches", "--html", "r.html") == 8
     assert "disk is too small" in capsys.readouterr().err
+    assert Path("r.html").read_text() == "an older report"
 
 
 def out_of_memory() -> Any:

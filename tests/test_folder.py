@@ -41,7 +41,15 @@ class Killed(BaseException):
     pass
 
 
-OPERATIONS = [(os, "rename"), (os, "mkdir"), (os, "fsync"), (os, "chmod"), (os, "unlink"), (io, "open")]
+OPERATIONS = [
+    (os, "rename"),
+    (os, "mkdir"),
+    (os, "fsync"),
+    (os, "chmod"),
+    (os, "unlink"),
+    (io, "open"),
+    (os, "replace"),
+]
 OPERATIONS += [(shutil, "rmtree"), (tensor_file, "save_file")]
 
 
@@ -94,6 +102,65 @@ def test_rows_97_98_at_every_operation_the_folder_is_the_old_one_or_the_new(
         assert_is(path, NEW if plan == '"new"' else OLD, plan)
         seen.add(plan)
     assert seen == {'{"is": "old"}\n', '"new"'}
+
+
+@pytest.mark.parametrize(
+    "error", [Killed(), OSError(errno.EIO, "broken"), OSError(errno.ENOSPC, "full")], ids=repr
+)
+def test_rows_97_98_at_every_operation_a_file_is_the_old_one_or_the_new(
+    tmp_path: Path, error: BaseException
+) -> None:
+    file, seen = tmp_path / "plan.json", set()
+    for at in itertools.count(1):
+        folder.write_file(file, "old")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+        with pytest.MonkeyPatch.context() as patch:
+            fault = Fault(patch, at, error)
+            with contextlib.suppress(Killed, ArtifactError, ResourceError):
+                folder.write_file(file, "new")
+        seen.add(file.read_text())
+        if fault.count < at:
+            break
+    assert seen == {"old", "new"}
+    assert at > 4
+
+
+def test_rows_101_102_a_file_keeps_its_link_and_its_mode(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    folder.write_file(link, "first")
+    real.chmod(0o640)
+    folder.write_file(link, "second")
+    assert link.is_symlink()
+    assert (real.read_text(), mode(real)) == ("second", 0o640)
+    os.umask(before := os.umask(0))
+    folder.write_file(tmp_path / "new.json", "new")
+    assert mode(tmp_path / "new.json") == 0o666 & ~before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.json", "new.json", "real.json"]
+
+
+def test_row_101_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    folder.write_file(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_file_in_a_folder_that_is_read_only_is_written_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) == file)
+    folder.write_file(file, "new")
+    assert file.read_text() == "new"
+
+
+def test_what_the_system_refuses_is_not_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="the system refuses: File name too long"):
+        folder.write_file(tmp_path / ("n" * 300), "text")
 
 
 def write_for_ever(path: Path, started: Any) -> None:
