@@ -121,7 +121,7 @@ def test_what_a_command_cannot_do_is_said_before_work_and_in_its_own_words(
     refused(capsys, 2, "give --data", "optimize", model, "-o", "new", *free)
     refused(capsys, 2, "one file", "inspect", path, "--html", "a.html", "--graph", "./a.html")
     refused(capsys, 2, "give --original", "export", path, "--onnx", "a.onnx", "--torchscript", "a.pt")
-    refused(capsys, 2, "does not exist", "export", path, "--onnx", "a.onnx", "--torchscript", "no/a.pt")
+    refused(capsys, 6, "does not exist", "export", path, "--onnx", "a.onnx", "--torchscript", "no/a.pt")
     assert not Path("a.onnx").exists()
     (Path("p.json")).write_text("{}")
     monkeypatch.setattr(cli_optimize.Plan, "load", lambda path: None)

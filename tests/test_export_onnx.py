@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from geofx.errors import ConfigError, ExportError, MissingDependencyError, ResourceError, VerificationError
+from geofx.errors import (
+    ArtifactError,
+    ConfigError,
+    ExportError,
+    MissingDependencyError,
+    ResourceError,
+    VerificationError,
+)
 from geofx.export import onnx as onnx_export
 from geofx.export.cases import Case, make_cases, require_equal, shortened
 from geofx.export.onnx import OnnxReport, to_onnx
@@ -383,13 +390,16 @@ def test_row_97_failure_midway_leaves_the_old_export(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["model.bin", "missing/model.onnx", "folder.onnx"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("model.bin", ConfigError), ("missing/model.onnx", ArtifactError), ("folder.onnx", ArtifactError)],
+)
 def test_row_99_bad_target_is_refused_before_any_work(
-    tmp_path: Path, name: str, mlp: Program, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, kind: type[Exception], mlp: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder.onnx").mkdir()
     monkeypatch.setattr(onnx_export, "to_onnx_model", lambda program: pytest.fail("work was started"))
-    with pytest.raises(ConfigError):
+    with pytest.raises(kind):
         to_onnx(mlp, tmp_path / name)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from geofx.errors import ConfigError, ExportError, VerificationError
+from geofx.errors import ArtifactError, ConfigError, ExportError, VerificationError
 from geofx.export import torchscript
 from geofx.export.torchscript import to_torchscript
 from geofx.factorizations import Factored, Factorization, Factors, GaugeFixed, LowRank
@@ -164,9 +164,9 @@ def test_several_outputs_keep_their_order(tmp_path: Path) -> None:
     assert report.max_difference == 0.0
 
 
-@pytest.mark.parametrize("name", ["model.zip", "missing/model.pt"])
-def test_row_99_bad_target_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(("name", "kind"), [("model.zip", ConfigError), ("missing/model.pt", ArtifactError)])
+def test_row_99_bad_target_is_refused(name: str, kind: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(kind):
         to_torchscript(mlp(), {"input": torch.randn(3, 12)}, tmp_path / name)
 
 

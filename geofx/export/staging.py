@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from geofx.errors import ConfigError, ExportError, ResourceError
+from geofx.errors import ArtifactError, ConfigError, ExportError, ResourceError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ def target_file(path: str | Path, suffix: str) -> Path:
     """``path`` with links followed, checked before any work is done.
 
     Raises:
-        ConfigError: it has not the ``suffix``, is a folder or no regular file, or its folder does not exist.
+        ConfigError: it has not the ``suffix``.
+        ArtifactError: it is a folder or no regular file, or its folder does not exist.
     """
     target = Path(path).expanduser().resolve()
     if target.suffix != suffix:
@@ -32,9 +33,9 @@ def target_file(path: str | Path, suffix: str) -> Path:
             f"{target.name!r} does not end in {suffix}", fix=f"pass a path such as model{suffix}"
         )
     if target.exists() and not target.is_file():
-        raise ConfigError("the target is not a regular file", where=target.name, fix="pass another path")
+        raise ArtifactError("the target is not a regular file", where=target.name, fix="pass another path")
     if not target.parent.is_dir():
-        raise ConfigError(
+        raise ArtifactError(
             "the target's folder does not exist", where=target.parent.name, fix="create it first"
         )
     return target
