@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,7 +93,7 @@ def budget_of(
         ConfigError: none was given, or one has no accepted form.
     """
     amounts = {"size": size, "parameters": parameters, "flops": flops}
-    return Budget(**{name: _amount(text) for name, text in amounts.items()}, loss=loss, scope=scope)
+    return Budget(**{name: _amount(name, text) for name, text in amounts.items()}, loss=loss, scope=scope)
 
 
 def shares_of(text: str, whole: bool = False) -> list[float]:
@@ -199,13 +201,25 @@ def _batches(source: Source, texts: Texts, tokens: int, length: int) -> list[Bat
     )
 
 
-def _amount(text: str | None) -> Amount | None:
-    """``"0.8"`` is a share and ``"120000000"`` a count; anything with a unit stays as it is."""
-    if text is None:
+def _amount(name: str, text: str | None) -> Amount | None:
+    """``"0.8"`` is a share, ``"120000000"`` and ``"1e9"`` are counts; anything with a unit stays as it is.
+
+    Raises:
+        ConfigError: a number that is neither a share nor a count.
+    """
+    try:
+        number = None if text is None else float(text)
+    except ValueError:
+        return text
+    if text is None or number is None:
         return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    if 0.0 < number <= 1.0 and re.search(r"[.e]", text.lower()):
+        return number
+    if number > 1.0 and math.isfinite(number) and number.is_integer():
+        return int(text) if text.isdecimal() else int(number)
+    if number == 1.0:
+        what, fix = f"--{name} {text} may be all of it or one", "give 1.0 for all of it, or a count above 1"
+    else:
+        what = f"--{name} {text} is neither a share nor a count"
+        fix = "give a share above 0 and up to 1.0, such as 0.8, or a whole number above 1"
+    raise ConfigError(what, fix=fix)

@@ -192,7 +192,7 @@ def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
         found |= {
             key: value
             for key, value in dataclasses.asdict(fidelity).items()
-            if isinstance(value, float) and key != "parameter_mae"
+            if isinstance(value, float) and key not in ("loss_optimized", "parameter_mae")
         }
     return {key: value if value is None or math.isfinite(value) else None for key, value in found.items()}
 

@@ -80,7 +80,12 @@ def test_row_5_a_wrong_option_is_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--size", "0"], 2, "is not a budget"),
+        (["--size", "0"], 2, "--size 0 is neither a share nor a count"),
+        (["--size", "1.5"], 2, "--size 1.5 is neither a share nor a count"),
+        (["--flops", "nan"], 2, "--flops nan is neither a share nor a count"),
+        (["--parameters", "inf"], 2, "--parameters inf is neither a share nor a count"),
+        (["--size", "1"], 2, "give 1.0 for all of it"),
+        (["--size", "80 %%"], 2, "is not a budget"),
         ([], 2, "the budget limits nothing"),
         (["--size", "0.8"], 2, "nothing to calibrate on"),
         (["--size", "0.8", "--text", "missing.txt"], 4, "no such text file"),
@@ -139,11 +144,23 @@ def test_row_123_an_error_cannot_drive_the_terminal(
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0.8", 0.8), ("120000", 120000), ("80%", "80%"), ("350 MiB", "350 MiB")]
+    ("text", "value"),
+    [
+        ("0.8", 0.8),
+        ("1.0", 1.0),
+        ("8e-1", 0.8),
+        ("120000", 120000),
+        ("1e4", 10000),
+        ("120000.0", 120000),
+        ("12345678901234567891", 12345678901234567891),
+        ("80%", "80%"),
+        ("350 MiB", "350 MiB"),
+    ],
 )
 def test_amounts(text: str, value: Any) -> None:
     budget = cli_options.budget_of(text, None, None, None, "model")
     assert budget.size == value
+    assert type(budget.size) is type(value)
 
 
 def test_the_application_is_the_entry_point() -> None:
