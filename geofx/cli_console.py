@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
 
@@ -33,6 +35,9 @@ from geofx.report_rows import plain
 LINE_INTERVAL_S = 10.0
 """Without a terminal, a stage says how far it is at most this often."""
 
+START_S = 1.0
+"""Without a terminal, a stage says that it has started once it has lasted so long."""
+
 
 def stderr_console() -> Console:
     """A console on the present stderr."""
@@ -49,8 +54,7 @@ class ConsoleProgress:
         self._console = console or stderr_console()
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
-        self._said: dict[str, float] = {}
+        self._lines = ProgressLines(self._console)
 
     def __enter__(self) -> ConsoleProgress:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -62,6 +66,8 @@ class ConsoleProgress:
             )
             self._bars = Bars(TextColumn("{task.description}"), *columns, console=self._console)
             self._bars.start()
+        else:
+            self._lines.start()
         return self
 
     def __exit__(
@@ -69,13 +75,17 @@ class ConsoleProgress:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+        else:
+            self._lines.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``stage`` has come to ``done`` of ``total``."""
+        if total == 0:
+            return
         if self._bars is not None:
             self._draw(self._bars, stage, done, total)
         else:
-            self._say(stage, done, total)
+            self._lines(stage, done, total)
 
     @contextlib.contextmanager
     def step(self, stage: str) -> Iterator[None]:
@@ -86,23 +96,71 @@ class ConsoleProgress:
 
     def _draw(self, bars: Bars, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = bars.add_task(plain(stage), total=total or None)
+            self._tasks[stage] = bars.add_task(plain(stage), total=total)
         elif done == 0:
-            bars.reset(self._tasks[stage], total=total or None)
-        bars.update(self._tasks[stage], completed=done, total=total or None)
+            bars.reset(self._tasks[stage], total=total)
+        bars.update(self._tasks[stage], completed=done, total=total)
 
-    def _say(self, stage: str, done: int, total: int) -> None:
+
+@dataclass
+class _Running:
+    """A stage that goes on: where and when it began, and when it was last heard of."""
+
+    first: int
+    began: float
+    said: float | None = None
+
+
+class ProgressLines:
+    """Stages as lines: that one has started once it lasts, how far it is now and then, that it is done.
+
+    One that comes again and again, and is short, is said to be done the first time only.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._running: dict[str, _Running] = {}
+        self._known: set[str] = set()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for stages that have lasted a while: one of a single step says nothing of itself."""
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """No more lines."""
+        self._ended.set()
+        self._watcher.join()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that ``stage`` has come to ``done`` of ``total``."""
         now = time.monotonic()
-        if done == 0:
-            self._started[stage] = self._said[stage] = now
-            self._console.print(f"{plain(stage)}: started", markup=False)
-        elif done == total:
-            seconds = now - self._started.get(stage, now)
-            self._console.print(f"{plain(stage)}: done in {seconds:.1f} s", markup=False)
-        elif now - self._said.get(stage, 0.0) >= LINE_INTERVAL_S:
-            self._said[stage] = now
-            left = (now - self._started.get(stage, now)) / done * (total - done)
-            self._console.print(f"{plain(stage)}: {done} of {total}, about {left:.0f} s left", markup=False)
+        with self._lock:
+            if done == 0 or stage not in self._running:
+                self._running[stage] = _Running(done, now)
+            running = self._running[stage]
+            if done == total:
+                del self._running[stage]
+                if running.said is not None or stage not in self._known:
+                    self._say(stage, f"done in {now - running.began:.1f} s")
+                self._known.add(stage)
+            elif done > running.first and now - (running.said or running.began) >= LINE_INTERVAL_S:
+                running.said = now
+                left = (now - running.began) / (done - running.first) * (total - done)
+                self._say(stage, f"{done} of {total}, about {left:.0f} s left")
+
+    def _watch(self) -> None:
+        while not self._ended.wait(START_S / 4):
+            now = time.monotonic()
+            with self._lock:
+                for stage, running in self._running.items():
+                    if running.said is None and now - running.began >= START_S:
+                        running.said = now
+                        self._say(stage, "started")
+
+    def _say(self, stage: str, what: str) -> None:
+        self._console.print(f"{plain(stage)}: {what}", markup=False)
 
 
 @contextlib.contextmanager

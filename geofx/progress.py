@@ -11,7 +11,8 @@ logger = logging.getLogger(__name__)
 class Progress(Protocol):
     """Called as work goes on: ``done`` of ``total`` steps of ``stage``; ``done == total`` ends the stage.
 
-    The first call of a stage has ``done == 0``; ``total == 0`` says that the number of steps is not known.
+    The first call of a stage has ``done == 0``, unless it goes on where it was stopped; ``total == 0`` says
+    that there is nothing to do.
     """
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -21,6 +22,8 @@ class Progress(Protocol):
 
 def log_progress(stage: str, done: int, total: int) -> None:
     """The library's default: one line at the start and one at the end of a stage, in the log."""
+    if total == 0:
+        return
     if done == 0:
         logger.info("%s: started", stage)
     elif done == total:

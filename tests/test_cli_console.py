@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from geofx import cli_console
 from geofx.cli_console import ConsoleProgress, show, working
 from geofx.latency import interleaved_medians
 
@@ -53,15 +55,53 @@ def test_what_libraries_print_goes_to_stderr(capfd: pytest.CaptureFixture[str]) 
     assert captured.err.split() == ["from", "C", "from", "Python"] or "from C" in captured.err
 
 
-def test_row_132_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_row_132_progress_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_console, "START_S", 0.1)
     with ConsoleProgress() as progress:
         for done in range(4):
             progress("count\x1b[2J", done, 3)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].endswith(": started")
-    assert "done in" in lines[1]
-    assert "\x1b" not in lines[0]
+            time.sleep(0.1)
+    said = lines(capsys)
+    assert len(said) == 2
+    assert said[0].endswith(": started")
+    assert "done in" in said[1]
+    assert "\x1b" not in said[0]
+
+
+def test_a_short_stage_is_said_once_and_an_empty_one_never(capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleProgress() as progress:
+        progress("empty", 0, 0)
+        for _ in range(100):
+            progress("fit", 0, 2)
+            progress("fit", 2, 2)
+    assert lines(capsys) == ["fit: done in 0.0 s"]
+
+
+def test_what_takes_over_two_seconds_shows_progress_while_it_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ConsoleProgress() as progress, progress.step("load"):
+        time.sleep(1.6)
+        assert lines(capsys) == ["load: started"]
+    assert lines(capsys) == ["load: done in 1.6 s"]
+
+
+def test_a_long_stage_says_how_long_it_still_needs_from_where_it_began(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_console, "LINE_INTERVAL_S", 0.0)
+    clock = iter([100.0, 102.0, 104.0])
+    shown = cli_console.ProgressLines(cli_console.stderr_console())
+    monkeypatch.setattr(cli_console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for done in (50, 60, 100):
+        shown("recover", done, 100)
+    assert lines(capsys) == ["recover: 60 of 100, about 8 s left", "recover: done in 4.0 s"]
 
 
 def test_progress_on_a_terminal() -> None:
