@@ -14,6 +14,7 @@ from geofx.analysis_store import Heading, read_heading
 from geofx.api import analyze, load_analysis
 from geofx.charts import check_chart
 from geofx.cli_console import ConsoleProgress
+from geofx.effort import Level
 from geofx.errors import ConfigError
 from geofx.folder import check_files, check_target
 from geofx.sources import Source, tokenizer_files
@@ -32,6 +33,7 @@ class Wanted:
     tokens: int
     length: int
     seed: int
+    effort: Level
 
     @property
     def held_out(self) -> bool:
@@ -110,6 +112,7 @@ def new_analysis(
         progress=progress,
         files=_files(source),
         directions=directions,
+        effort=wanted.effort,
     )
 
 

@@ -50,6 +50,7 @@ def compare(
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
+    effort: options.Effort = "fast",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each; medians are shown.")] = ROUNDS,
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -57,7 +58,7 @@ def compare(
     """Set every format and recipe side by side at equal bytes, on the same model and data."""
     shares, engines = options.shares_of(keep), _engines(latency)
     _check_names(_names(formats), _names(recipes))
-    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed, effort)
     kept = check_written(output, chart, analysis, wanted, context)
     options.check_data(text, data, holdout, needed=kept is None)
     check_held_out(kept, wanted, "compare")

@@ -43,11 +43,12 @@ def frontier(
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
+    effort: options.Effort = "fast",
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Show what each size of MODEL would lose, from one analysis."""
-    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed, effort)
     kept = check_written(output, chart, analysis, wanted, context)
     planned, measured = (
         None if given is None else options.shares_of(given, whole=True) for given in (shares, measure)

@@ -45,6 +45,7 @@ def optimize(
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
+    effort: options.Effort = "fast",
     seed: options.Seed = 0,
     html: HtmlFile = None,
     overwrite: options.Overwrite = False,
@@ -55,7 +56,7 @@ def optimize(
     options.check_loss(loss, mode)
     check_target(output, overwrite=overwrite)
     check_files(html)
-    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed, effort)
     options.check_data(text, data, holdout, needed=mode != "data_free")
     with working() as progress:
         with progress.step("load"):
@@ -86,13 +87,14 @@ def plan(
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
+    effort: options.Effort = "fast",
     seed: options.Seed = 0,
     analysis: options.KeptAnalysis = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, loss, scope)
-    wanted = Wanted(text, data, None, mode, tokens, length, seed)
+    wanted = Wanted(text, data, None, mode, tokens, length, seed, effort)
     kept = check_written(None if dry_run else output, None, analysis, wanted, context)
     options.check_loss(loss, mode if kept is None else kept.mode)
     options.check_data(text, data, None, needed=mode != "data_free" and kept is None)
@@ -121,6 +123,7 @@ def apply(
     mode: options.Mode = "two_sided",
     tokens: options.Tokens = options.CALIBRATION_TOKENS,
     length: options.Length = options.WINDOW_TOKENS,
+    effort: options.Effort = "fast",
     seed: options.Seed = 0,
     analysis: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The analysis that the plan is of.")
@@ -133,7 +136,7 @@ def apply(
     made = Plan.load(plan_file)
     check_target(output, overwrite=overwrite)
     check_files(html)
-    wanted = Wanted(text, data, holdout, mode, tokens, length, seed)
+    wanted = Wanted(text, data, holdout, mode, tokens, length, seed, effort)
     options.check_data(text, data, holdout, needed=mode != "data_free" and analysis is None)
     if analysis is not None:
         check_kept(analysis, wanted, context)

@@ -13,6 +13,7 @@ import typer
 
 from geofx.batches import Batch
 from geofx.budget import Amount, Budget
+from geofx.effort import Level
 from geofx.errors import CalibrationError, ConfigError
 from geofx.patterns import matching
 from geofx.sources import Source, call_named
@@ -52,6 +53,14 @@ Length = Annotated[int, typer.Option(min=2, help="Tokens per window, as far as t
 Mode = Annotated[
     Literal["two_sided", "forward", "data_free"],
     typer.Option(help="Statistics: forward and backward, forward only, or from the weights alone."),
+]
+Effort = Annotated[
+    Level,
+    typer.Option(
+        help="fast: one pass over the calibration data. balanced, about 2.5 times as long: an eighth of it "
+        "is kept to choose and to set the predicted loss on, and the model writes as much text again. "
+        "best, about 5 times: it writes three times as much."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Size = Annotated[

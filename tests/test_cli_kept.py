@@ -9,7 +9,9 @@ import pytest
 from test_cli_compare import MODEL
 
 from geofx import cli_compare, cli_frontier, cli_optimize
+from geofx.analysis_store import read_analysis
 from geofx.cli import main
+from geofx.effort import EFFORTS
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -42,9 +44,9 @@ def test_options_that_a_kept_analysis_makes_useless_are_named(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*COMMANDS[command], "--analysis", "kept"]
-    assert main([*arguments, *DATA, "--tokens", "64", "--seed", "0", "--mode", "two_sided"]) == 0
+    assert main([*arguments, *DATA, "--tokens", "64", "--effort", "best", "--mode", "two_sided"]) == 0
     assert (
-        "the analysis in kept is used: --data, --tokens and --seed have no effect; "
+        "the analysis in kept is used: --data, --tokens and --effort have no effect; "
         "name another folder to analyze anew"
     ) in said(capsys)
 
@@ -66,6 +68,13 @@ def test_another_mode_than_that_of_the_analysis_is_refused_before_work(
         monkeypatch.setattr(module, "load_source", unreachable)
     assert main([*COMMANDS[command], "--analysis", "kept", "--mode", "data_free"]) == 2
     assert "was made with --mode two_sided, not data_free" in said(capsys)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_effort_is_that_of_the_analysis(effort: str, folder: Path) -> None:
+    arguments = ["plan", MODEL, "--size", "0.9", "--analysis", "kept", *DATA, "--effort", effort]
+    assert main(arguments) == 0
+    assert bool(read_analysis(folder / "kept").validation) == (effort != "fast")
 
 
 def test_a_budget_for_the_loss_is_refused_before_work_where_the_analysis_has_no_gradients(

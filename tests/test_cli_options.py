@@ -11,6 +11,7 @@ import pytest
 from geofx import cli_optimize, cli_options
 from geofx import errors as errors_module
 from geofx.cli import COMMANDS, EXIT_CODES, app, main
+from geofx.effort import EFFORTS
 from geofx.errors import GeofxError
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,7 @@ def test_every_exit_code_of_every_error_is_documented() -> None:
 
 OPTIMIZE_OPTIONS = (
     "--output -o --text --data --holdout --size --parameters --flops --loss --scope --include --ignore "
-    "--mode --tokens --length --seed --html --overwrite --json --help -h"
+    "--mode --tokens --length --effort --seed --html --overwrite --json --help -h"
 )
 
 
@@ -56,9 +57,21 @@ def test_optimize_options_are_these(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(set(found)) == sorted(OPTIMIZE_OPTIONS.split())
 
 
+@pytest.mark.parametrize("command", ["optimize", "plan", "apply", "frontier", "compare"])
+def test_every_command_that_analyzes_takes_an_effort(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    text = words(capsys.readouterr().out)
+    assert "--effort" in text
+    for level in EFFORTS:
+        assert f"{level}" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["optimize", "m", "-o", "o", "--effort", "much"], "balanced"),
         (["optimize", "m", "-o", "o", "--siz", "0.8"], "--size"),
         (["optimise", "m"], "optimize"),
         (["optimize", "m", "-o", "o", "--tokens", "many"], "--tokens"),
