@@ -21,6 +21,7 @@ from geofx.cli_compare import compare
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
 from geofx.cli_frontier import frontier
 from geofx.cli_optimize import apply, optimize, plan
+from geofx.cli_recover import recover
 from geofx.cli_results import bench, evaluate, export, inspect
 from geofx.cli_taxonomy import taxonomy
 from geofx.environment import version_of
@@ -151,6 +152,7 @@ COMMANDS: tuple[tuple[str, Any], ...] = (
     ("optimize", optimize),
     ("plan", plan),
     ("apply", apply),
+    ("recover", recover),
     ("inspect", inspect),
     ("export", export),
     ("eval", evaluate),

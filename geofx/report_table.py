@@ -88,10 +88,8 @@ def geometry_table(report: Report) -> Table:
 
 def recovery_table(report: Report) -> Table:
     """How the training after the rewrite went."""
-    table = Table(title_justify="left", title_style="bold", header_style="bold")
+    table = _table("step", "training", "validation")
     table.title = "Recovery: distance to the original's outputs"
-    for name in ("step", "training", "validation"):
-        table.add_column(name, justify="right")
     for row in recovery_rows(report):
         table.add_row(*row)
     return table

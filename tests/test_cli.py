@@ -136,6 +136,17 @@ def test_the_tokenizer_is_saved_too(
     assert 0.0 < compared["kl"] < 1.0
 
 
+def test_recover_on_text(
+    saved: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    arguments = ["recover", str(saved), "--original", str(model_folder), "-o", str(new), "--steps", "2"]
+    assert main([*arguments, "--json", *SMALL]) == 0
+    report = document(capsys)
+    assert [item["step"] for item in report["recovery"]] == [0, 2]
+    assert main(["eval", str(new), "--text", "python", "--tokens", "128", "--length", "32"]) == 0
+
+
 def test_bench(saved: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "bench",

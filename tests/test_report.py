@@ -164,8 +164,14 @@ def test_the_recovery_is_shown_in_both_reports() -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(*report_tables(report))
     for written in (console.file.getvalue(), Page(report_html(report)).text):  # type: ignore[attr-defined]
-        assert "Recovery" in written
-        for figure in ("validation", "0.5000", "0.3750", "0.2500"):
+        for figure in (
+            "Recovery",
+            "istance to the original's outputs",
+            "validation",
+            "0.5000",
+            "0.3750",
+            "0.2500",
+        ):
             assert figure in written
     assert "Recovery" not in report_html(example())
 
