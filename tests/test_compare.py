@@ -481,7 +481,7 @@ def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "geofx" / "compare"
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="--cache"):
+    with pytest.raises(ArtifactError, match="give another folder"):
         Cache(tmp_path / "file" / "below")
 
 
