@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import geofx
-from geofx.api import optimize_analysis
 from geofx.factorizations import Dense, GaugeFixed, LowRank
+from geofx.optimization import optimize_analysis
 from geofx.region import TABLES
 from geofx.sources import load_source
 from geofx.stages import peak_memory_bytes

@@ -129,7 +129,7 @@ class Analysis:
         if include:
             more, without = self._priced(members, tables=True)
             options, skips = [*options, *more], [*skips, *without]
-        allowed = self._allowed(include or (), ignore)
+        allowed = self.allowed(include or (), ignore)
         barred = refused or {}
         ignored = [
             Skip(name, "IGNORED", "left out by include / ignore")
@@ -283,7 +283,7 @@ class Analysis:
             choices.append(replace(choice, factorization=fitted, loss=loss))
         return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))
 
-    def _allowed(self, include: Iterable[str] | str, ignore: Iterable[str] | str) -> set[str]:
+    def allowed(self, include: Iterable[str] | str, ignore: Iterable[str] | str) -> set[str]:
         """Names of the weights that patterns let through; a tied weight goes by each of its names."""
         aliases = self.original.aliases
         weights = dict.fromkeys(name for region in self.regions.values() for name in region.weights)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,18 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from geofx.analysis import Analysis, Rewrites, config_of, hash_tensors
+from geofx.analysis import Analysis, config_of, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split
 from geofx.budget import Budget
-from geofx.effort import EFFORTS, Level, effort_named, loss_on
-from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
+from geofx.effort import Level, effort_named, loss_on
+from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
 from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments, pooled
 from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
+from geofx.optimization import Patterns, optimize_analysis
 from geofx.passes.analyse import Analyse, analyse
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
@@ -31,7 +30,6 @@ from geofx.passes.contract import run_passes
 from geofx.passes.find_regions import find_regions
 from geofx.passes.find_sites import FindSites, find_sites, sites_of
 from geofx.patterns import matching
-from geofx.plan import Plan
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import OWN
@@ -39,16 +37,8 @@ from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
-from geofx.verify import verify
 
 logger = logging.getLogger(__name__)
-
-REPLANS = 8
-"""How often `optimize` plans anew without the settings that could not be fitted."""
-PROBES = 4
-"""How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
-NEAR_RATIO = 0.85
-"""Share of such a budget at which a plan is near enough."""
 
 
 def analyze(
@@ -245,8 +235,8 @@ def optimize(
     budget: Budget,
     *,
     calibration: Any = None,
-    include: Iterable[str] | str | None = None,
-    ignore: Iterable[str] | str = (),
+    include: Patterns | None = None,
+    ignore: Patterns = (),
     tokenizer: Any = None,
     loss: UserLoss | None = None,
     mode: Mode = "two_sided",
@@ -284,72 +274,3 @@ def optimize(
         effort=effort,
     )
     return optimize_analysis(analysis, budget, include=include, ignore=ignore)
-
-
-def optimize_analysis(
-    analysis: Analysis,
-    budget: Budget,
-    *,
-    include: Iterable[str] | str | None = None,
-    ignore: Iterable[str] | str = (),
-) -> OptimizedModel:
-    """`optimize` from an analysis that is there already.
-
-    Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
-    is planned for anew with it.
-    """
-    best: tuple[Plan, Rewrites] | None = None
-    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
-        plan, rewrites = _fitted(analysis, budget, include, ignore)
-        plan = analysis.probe(plan, rewrites)
-        lost, limit = plan.loss or 0.0, math.inf if budget.loss is None else budget.loss
-        if lost <= limit and (best is None or lost > (best[0].loss or 0.0)):
-            best = plan, rewrites
-        if NEAR_RATIO * limit <= lost <= limit:
-            break
-    if best is None:
-        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
-    result = analysis.finish(*(best or (plan, rewrites)))
-    return refined(analysis, result) if analysis.calibration and result.rewrites else result
-
-
-def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
-    """``result`` after a short recovery on the batches that it was calibrated on.
-
-    The best state on the validation batches is kept, so it is never worse there; the plan's loss is what it
-    then loses on them.
-    """
-    steps, objective = EFFORTS["best"].steps, analysis.objective
-    with analysis.stages("refine"):
-        result = result.recover(
-            analysis.calibration,
-            validation=analysis.validation,
-            holdout=analysis.holdout or None,
-            loss=objective.function if isinstance(objective, Custom) else None,
-            progress=analysis.progress,
-            steps=steps,
-            every=steps // 4,
-        )
-        original, program = analysis.original, result.program
-        found = verify(original, program, analysis.validation, objective, progress=analysis.progress)
-    plan = result.plan.scaled_to(found.loss_increase) if found.loss_increase > 0.0 else result.plan
-    report = replace(result.report, stages=tuple(analysis.stages.done), predicted_loss=plan.loss)
-    return replace(result, plan=plan, report=report)
-
-
-def _fitted(
-    analysis: Analysis, budget: Budget, include: Iterable[str] | str | None, ignore: Iterable[str] | str
-) -> tuple[Plan, Rewrites]:
-    """The best plan of those that can be fitted, and its factors."""
-    refused: dict[tuple[str, str], str] = {}
-    for _ in range(REPLANS):
-        plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
-        rewrites, failures = analysis.fit(plan)
-        if not failures:
-            return plan, rewrites
-        names = {choice.region: choice.factorization.name for choice in plan.choices}
-        refused |= {(region, names[region]): str(why) for region, why in failures.items()}
-    regions = ", ".join(sorted({region for region, _ in refused})[:5])
-    raise NumericsError(
-        f"{REPLANS} plans could not be fitted", where=regions, fix="leave these out by ignore="
-    )

@@ -11,11 +11,11 @@ import typer
 
 from geofx import cli_options as options
 from geofx.analysis import Analysis
-from geofx.api import optimize_analysis
 from geofx.cli_analysis import Wanted, check_kept, check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
 from geofx.folder import check_files, check_target, write_file
 from geofx.model import OptimizedModel
+from geofx.optimization import optimize_analysis
 from geofx.plan import Plan
 from geofx.report_html import report_html
 from geofx.report_table import report_tables

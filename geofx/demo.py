@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from geofx.api import analyze, optimize_analysis
+from geofx.api import analyze
 from geofx.batches import Batch
 from geofx.budget import Budget
 from geofx.export.onnx import to_onnx
@@ -18,6 +18,7 @@ from geofx.export.onnx_runtime import OnnxRunner, require_onnx
 from geofx.folder import check_target, write_file
 from geofx.latency import interleaved_medians
 from geofx.model import OptimizedModel
+from geofx.optimization import optimize_analysis
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.report import Report

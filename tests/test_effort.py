@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ import tiny_models
 import torch
 
 import geofx
-from geofx.api import optimize_analysis
 from geofx.batches import Batch
-from geofx.budget import Budget
+from geofx.budget import Budget, Scope
 from geofx.effort import EFFORTS, effort_named, loss_on
 from geofx.errors import ConfigError
+from geofx.factorizations import LowRank
 from geofx.generated_text import REPLACED_RATIO, generated_text, replaced_tokens, written_text
 from geofx.moments import Moments, pooled
 from geofx.objective import NextToken, SquaredError
+from geofx.optimization import optimize_analysis
 from geofx.passes.calibrate import calibrate
 from geofx.trace import trace
+from geofx.uniform import uniform_plan
 from geofx.verify import verify
 
 LENGTH, ROWS = 24, 2
@@ -219,6 +222,47 @@ def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
     assert [row["step"] for row in result.report.recovery] == [0, 16, 32, 48, 64]
     assert "refine" in [stage.name for stage in result.report.stages]
     assert result.program.size_bytes() == plain.predicted.bytes
+
+
+@pytest.mark.parametrize("scope", ["model", "factorizable"])
+@pytest.mark.parametrize("kept", [0.9, 0.6])
+def test_the_uniform_plan_is_within_the_budget_and_near_it(
+    analysis: geofx.Analysis, scope: Scope, kept: float
+) -> None:
+    plan = analysis.plan(Budget(size=kept, scope=scope))
+    same = uniform_plan(plan, analysis.regions.values())
+    assert same is not None
+    limit, used = plan.limits["size"], same.used["size"]
+    assert used is not None
+    assert 0.93 * limit < used <= limit
+    shares = {
+        choice.price.parameters / choice.dense.parameters
+        for choice in same.rewritten
+        if choice.kind == "single"
+    }
+    assert max(shares) - min(shares) < 0.06
+    assert uniform_plan(replace(plan, budget=Budget(size=2)), analysis.regions.values()) is None
+
+
+def test_a_plan_that_loses_more_than_the_uniform_one_gives_way_to_it(
+    analysis: geofx.Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of rank 1 everywhere: what is measured on validation batches decides."""
+    budget = Budget(size=0.8, scope="factorizable")
+    good = optimize_analysis(analysis, budget)
+    plan = analysis.plan
+
+    def bad(*given: object, **named: object) -> geofx.Plan:
+        found = plan(*given, **named)  # type: ignore[arg-type]
+        forms = {choice.region: LowRank(1) for choice in found.choices if choice.kind == "single"}
+        return found.edit(forms)
+
+    monkeypatch.setattr(analysis, "plan", bad)
+    saved = optimize_analysis(analysis, budget)
+    assert {choice.factorization.name for choice in saved.plan.rewritten} == {"gauge_fixed"}
+    assert good.fidelity is not None
+    assert saved.fidelity is not None
+    assert good.fidelity.loss_increase <= saved.fidelity.loss_increase * 1.05
 
 
 def test_levels() -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
     "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_frontier geofx.cli_original "
     "geofx.cli_recover geofx.cli_taxonomy geofx.taxonomy geofx.demo geofx.doctor",
-    "geofx.api geofx.restore geofx.compare",
+    "geofx.api geofx.restore geofx.compare geofx.optimization",
     "geofx.analysis",
     "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
     "geofx.model geofx.sources geofx.text geofx.gguf_header geofx.recovery geofx.training geofx.checkpoint",
@@ -37,7 +37,7 @@ LAYERS = (
     "geofx.trace",
     "geofx.program geofx.annotations",
     "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options geofx.screening "
-    "geofx.method geofx.recipes geofx.papers geofx.effort",
+    "geofx.method geofx.recipes geofx.papers geofx.effort geofx.uniform",
     "geofx.cost_models",
     "geofx.workload",
     "geofx.factorizations geofx.ops",

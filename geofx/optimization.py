@@ -1,0 +1,118 @@
+"""From an analysis and a budget to the result: plan, fit, measure, refine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from geofx.analysis import Analysis, Rewrites
+from geofx.budget import Budget
+from geofx.effort import EFFORTS
+from geofx.errors import NumericsError
+from geofx.model import OptimizedModel
+from geofx.objective import Custom
+from geofx.plan import Plan
+from geofx.uniform import uniform_plan
+from geofx.verify import verify
+
+logger = logging.getLogger(__name__)
+
+Patterns = Iterable[str] | str
+
+REPLANS = 8
+"""How often `optimize` plans anew without the settings that could not be fitted."""
+PROBES = 4
+"""How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
+NEAR_RATIO = 0.85
+"""Share of such a budget at which a plan is near enough."""
+
+
+def optimize_analysis(
+    analysis: Analysis,
+    budget: Budget,
+    *,
+    include: Patterns | None = None,
+    ignore: Patterns = (),
+) -> OptimizedModel:
+    """`optimize` from an analysis that is there already.
+
+    Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
+    is planned for anew with it.
+    """
+    best: tuple[Plan, Rewrites] | None = None
+    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
+        plan, rewrites = _fitted(analysis, budget, include, ignore)
+        plan = analysis.probe(plan, rewrites)
+        lost, limit = plan.loss or 0.0, math.inf if budget.loss is None else budget.loss
+        if lost <= limit and (best is None or lost > (best[0].loss or 0.0)):
+            best = plan, rewrites
+        if NEAR_RATIO * limit <= lost <= limit:
+            break
+    if best is None:
+        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
+    result = analysis.finish(*(best or (plan, rewrites)))
+    if analysis.calibration and result.rewrites:
+        result = refined(analysis, result)
+    return _not_worse_than_uniform(analysis, result, include, ignore)
+
+
+def _not_worse_than_uniform(
+    analysis: Analysis, result: OptimizedModel, include: Patterns | None, ignore: Patterns
+) -> OptimizedModel:
+    """``result``, or one share of every matrix where that loses less on the validation batches."""
+    allowed = analysis.allowed(include or (), ignore)
+    regions = [item for item in analysis.regions.values() if allowed.issuperset(item.region.weights)]
+    same = uniform_plan(result.plan, regions) if analysis.validation and result.rewrites else None
+    rewrites, failures = analysis.fit(same) if same else ({}, {})
+    if same is None or failures:
+        return result
+    program = analysis.lower(same, rewrites)
+    lost = verify(analysis.original, program, analysis.validation, analysis.objective).loss_increase
+    if result.plan.loss is None or lost >= result.plan.loss:
+        return result
+    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, result.plan.loss)
+    return analysis.finish(same, rewrites)
+
+
+def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
+    """``result`` after a short recovery on the batches that it was calibrated on.
+
+    The best state on the validation batches is kept, so it is never worse there; the plan's loss is what it
+    then loses on them.
+    """
+    steps, objective = EFFORTS["best"].steps, analysis.objective
+    with analysis.stages("refine"):
+        result = result.recover(
+            analysis.calibration,
+            validation=analysis.validation,
+            holdout=analysis.holdout or None,
+            loss=objective.function if isinstance(objective, Custom) else None,
+            progress=analysis.progress,
+            steps=steps,
+            every=steps // 4,
+        )
+        original, program = analysis.original, result.program
+        found = verify(original, program, analysis.validation, objective, progress=analysis.progress)
+    plan = result.plan.scaled_to(found.loss_increase) if found.loss_increase > 0.0 else result.plan
+    report = replace(result.report, stages=tuple(analysis.stages.done), predicted_loss=plan.loss)
+    return replace(result, plan=plan, report=report)
+
+
+def _fitted(
+    analysis: Analysis, budget: Budget, include: Patterns | None, ignore: Patterns
+) -> tuple[Plan, Rewrites]:
+    """The best plan of those that can be fitted, and its factors."""
+    refused: dict[tuple[str, str], str] = {}
+    for _ in range(REPLANS):
+        plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
+        rewrites, failures = analysis.fit(plan)
+        if not failures:
+            return plan, rewrites
+        names = {choice.region: choice.factorization.name for choice in plan.choices}
+        refused |= {(region, names[region]): str(why) for region, why in failures.items()}
+    regions = ", ".join(sorted({region for region, _ in refused})[:5])
+    raise NumericsError(
+        f"{REPLANS} plans could not be fitted", where=regions, fix="leave these out by ignore="
+    )
