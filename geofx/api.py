@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split
 from geofx.budget import Budget
-from geofx.effort import Level, effort_named, loss_on
+from geofx.effort import Effort, Level, effort_named, loss_on
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
 from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
@@ -77,6 +78,8 @@ def analyze(
         CaptureError, CalibrationError, ConfigError: as their messages say.
     """
     level = effort_named(effort)
+    if level.validated and mode != "two_sided":
+        raise ConfigError(f"effort {effort!r} needs the gradients of the loss", fix="use mode='two_sided'")
     stages = Stages()
     names, config = input_names(model), config_of(model) if isinstance(model, nn.Module) else None
     longest = longest_sequence(config)
@@ -84,12 +87,8 @@ def analyze(
     if mode != "data_free" and not batches:
         raise CalibrationError("there is no calibration data", fix="pass calibration=, or mode='data_free'")
     held = batches_of(holdout, tokenizer, names, "held-out data", longest)
-    leaking = not held and len(batches) == 1
-    if not held and batches:
-        batches, held = split(batches)
-    batches, validation = split(batches) if level.validated and len(batches) > 1 else (batches, [])
-    if leaking:
-        logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
+    parts = _Parts.of(batches, held, level)
+    batches = parts.calibration
     if example is None and not batches:
         raise ConfigError("data-free analysis needs inputs to trace with", fix="pass example=")
     with stages("trace"):
@@ -101,36 +100,60 @@ def analyze(
         with stages("calibrate"):
             moments = calibrate(program, batches, objective, mode, progress, directions)
     module = model if isinstance(model, nn.Module) else None
-    written: list[Batch] = []
-    if mode != "data_free" and validation and level.rounds:
-        with stages("write text"):
-            written = generated_text(module, program, batches, objective, level.rounds, seed, progress)
-    if written:
-        with stages("calibrate on written text"):
-            further = calibrate(program, written, objective, mode, progress, directions)
-            unseen = calibrate(program, validation, objective, mode, progress)
     assemble = partial(
         _assemble,
         original=original,
         program=program,
         objective=objective,
-        holdout=held,
+        holdout=parts.holdout,
         module=module,
         progress=progress,
         files=files or {},
     )
     analysis = assemble(moments=moments, stages=stages)
+    written: list[Batch] = []
+    if parts.validation and level.rounds:
+        with stages("write text"):
+            written = generated_text(module, program, batches, objective, level.rounds, seed, progress)
     if written:
-        longer = assemble(moments=pooled(moments, further), stages=stages)
-        analysis = _better(analysis, longer, unseen)
-    analysis.holdout_is_calibration, analysis.validation = leaking, validation
-    analysis.calibration = [*batches, *written] if validation and level.steps else []
+        with stages("calibrate on written text"):
+            further = calibrate(program, written, objective, mode, progress, directions)
+            unseen = calibrate(program, parts.validation, objective, mode, progress)
+            longer = assemble(moments=pooled(moments, further), stages=Stages())
+        analysis = replace(_better(analysis, longer, unseen), stages=stages)
+    analysis.holdout_is_calibration, analysis.validation = parts.leaking, parts.validation
+    analysis.calibration = [*batches, *written] if parts.validation and level.steps else []
     return analysis
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The batches that moments are taken of, those for choices, and those to verify on, by then unseen."""
+
+    calibration: list[Batch]
+    validation: list[Batch]
+    holdout: list[Batch]
+    leaking: bool
+
+    @classmethod
+    def of(cls, batches: list[Batch], held: list[Batch], level: Effort) -> _Parts:
+        """Parts of the batches that are given, where none are given for them."""
+        leaking, validation = not held and len(batches) == 1, list[Batch]()
+        if leaking:
+            logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
+        if not held and batches:
+            batches, held = split(batches)
+        if level.validated and len(batches) > 1:
+            batches, validation = split(batches)
+        elif level.validated:
+            logger.warning("too few batches to set some apart for choices: no more is done than with 'fast'")
+        return cls(batches, validation, held, leaking)
 
 
 def _better(first: Analysis, second: Analysis, unseen: Moments) -> Analysis:
     """The one whose truncations lose less by the moments of data that neither has seen."""
-    losses = loss_on(unseen, first.regions), loss_on(unseen, second.regions)
+    names = first.regions.keys() & second.regions.keys()
+    losses = [loss_on(unseen, {name: one.regions[name] for name in sorted(names)}) for one in (first, second)]
     logger.info("predicted on validation: %.4g without text of the model's own, %.4g with it", *losses)
     return second if losses[1] < losses[0] else first
 

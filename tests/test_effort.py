@@ -163,6 +163,12 @@ def test_balanced_calibrates_on_more_and_validates_on_what_it_did_not_see(analys
     assert max(fast.moments.tokens.values()) == 6 * ROWS * LENGTH
 
 
+def test_too_few_batches_for_choices_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    made = geofx.analyze(tiny_models.build("llama"), windows(1), holdout=windows(1, 1), effort="best")
+    assert made.validation == made.calibration == []
+    assert "no more is done than with 'fast'" in caplog.text
+
+
 def test_loss_on_other_moments_by_hand(analysis: geofx.Analysis) -> None:
     seen = calibrate(analysis.program, analysis.validation, analysis.objective)
     expected = 0.0
@@ -271,3 +277,5 @@ def test_levels() -> None:
         effort_named("huge")
     with pytest.raises(ConfigError, match="no effort 'huge'"):
         geofx.analyze(tiny_models.build("mlp"), [torch.randn(4, 32)] * 2, effort="huge")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="effort 'best' needs the gradients"):
+        geofx.analyze(tiny_models.build("mlp"), [torch.randn(4, 32)] * 2, effort="best", mode="forward")
