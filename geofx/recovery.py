@@ -152,8 +152,8 @@ class Recovery:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """The factors, and the vectors where they are asked for; all else is frozen."""
-        layers = {id(part) for layer in _layers(self.student) for part in layer.parameters(recurse=False)}
-        biases = {id(layer.bias) for layer in _layers(self.student) if isinstance(layer, FactorizedLinear)}
+        held = {id(part) for layer in _layers(self.student) for part in layer.parameters(recurse=False)}
+        held -= {id(layer.bias) for layer in _layers(self.student) if isinstance(layer, FactorizedLinear)}
         factors = {
             attribute
             for factored in self.rewrites.values()
@@ -162,7 +162,7 @@ class Recovery:
         }
         found = {}
         for name, part in self.student.named_parameters():
-            is_factor = name in factors or id(part) in layers - biases
+            is_factor = name in factors or id(part) in held
             part.requires_grad_(is_factor or (self.training.vectors and part.dim() == 1))
             if part.requires_grad:
                 found[name] = part
