@@ -35,7 +35,7 @@ class Effort:
 EFFORTS: Mapping[Level, Effort] = {
     "fast": Effort(validated=False, rounds=0, steps=0),
     "balanced": Effort(validated=True, rounds=1, steps=0),
-    "best": Effort(validated=True, rounds=3, steps=64),
+    "best": Effort(validated=True, rounds=2, steps=64),
 }
 """By name. Of one calibration with ``"fast"``, ``"balanced"`` takes about 2.5 times as long, ``"best"`` 5."""
 

@@ -214,7 +214,7 @@ def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
 
 def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
     made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
-    assert len(made.calibration) == 4 * 5
+    assert len(made.calibration) == 3 * 5
     budget = Budget(size=0.6)
     plain = made.plan(budget)
     rewrites, _ = made.fit(plain)
@@ -272,7 +272,7 @@ def test_a_plan_that_loses_more_than_the_uniform_one_gives_way_to_it(
 
 
 def test_levels() -> None:
-    assert [EFFORTS[name].rounds for name in ("fast", "balanced", "best")] == [0, 1, 3]
+    assert [EFFORTS[name].rounds for name in ("fast", "balanced", "best")] == [0, 1, 2]
     with pytest.raises(ConfigError, match=r"no effort 'huge'.*fast, balanced, best"):
         effort_named("huge")
     with pytest.raises(ConfigError, match="no effort 'huge'"):
