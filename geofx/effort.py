@@ -37,7 +37,7 @@ EFFORTS: Mapping[Level, Effort] = {
     "balanced": Effort(validated=True, rounds=1, steps=0),
     "best": Effort(validated=True, rounds=2, steps=64),
 }
-"""By name. Of one calibration with ``"fast"``, ``"balanced"`` takes about 2.5 times as long, ``"best"`` 5."""
+"""By name. Of an optimization with ``"fast"``, ``"balanced"`` takes about 2.5 times as long, ``"best"`` 6."""
 
 
 def effort_named(level: str) -> Effort:
