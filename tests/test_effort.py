@@ -10,6 +10,7 @@ import tiny_models
 import torch
 
 import geofx
+from geofx.api import _better
 from geofx.batches import Batch
 from geofx.budget import Budget, Scope
 from geofx.effort import EFFORTS, effort_named, loss_on
@@ -167,6 +168,14 @@ def test_too_few_batches_for_choices_are_told(caplog: pytest.LogCaptureFixture) 
     made = geofx.analyze(tiny_models.build("llama"), windows(1), holdout=windows(1, 1), effort="best")
     assert made.validation == made.calibration == []
     assert "no more is done than with 'fast'" in caplog.text
+
+
+def test_of_two_analyses_the_one_that_holds_on_unseen_text_is_taken() -> None:
+    model = tiny_models.build("llama")
+    little, much = (geofx.analyze(model, windows(count), holdout=windows(1, 1)) for count in (1, 40))
+    unseen = calibrate(much.program, windows(8, seed=9), NextToken())
+    assert _better(little, much, unseen) is much
+    assert _better(much, little, unseen) is much
 
 
 def test_loss_on_other_moments_by_hand(analysis: geofx.Analysis) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geofx.errors import NumericsError, PlanError
 from geofx.factorizations import FACTORIZATIONS, BlockTerm, Dense, GaugeFixed, LowRank, from_json, to_json
-from geofx.factorizations.contract import Lookup, factored_loss, widened
+from geofx.factorizations.contract import Lookup, Unfolding, factored_loss, widened
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import Metric, RegionAnalysis
 from geofx.site import Site
@@ -91,6 +91,32 @@ def test_apply_equals_to_dense(case: Case, dtype: torch.dtype, lead: tuple[int, 
         x = torch.randn(*lead, dense.shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1))
         expected = x @ dense.T
         torch.testing.assert_close(fitted.apply(x, factors, site), expected, rtol=200 * eps, atol=2000 * eps)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, case in CASES.items() if case.kind == "single" and isinstance(case.large, Unfolding)],
+)
+def test_what_is_trained_as_another_form_is_the_same_map_and_folds_back(name: str) -> None:
+    case = CASES[name]
+    analysis = random_analysis(case, torch.float64)
+    fitted, factors = case.large.fit(analysis.weights, analysis)
+    assert isinstance(fitted, Unfolding)
+    (weight,) = analysis.weights.values()
+    other, parts = fitted.unfold(factors, weight)
+    x = torch.randn(5, weight.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(other.apply(x, parts), fitted.apply(x, factors), rtol=1e-9, atol=1e-9)
+    assert fitted.static <= parts.keys() | {"index"}
+    torch.manual_seed(2)
+    moved = {
+        name: part if name in fitted.static else part + 0.01 * torch.randn_like(part)
+        for name, part in parts.items()
+    }
+    folded = fitted.fold(moved)
+    assert {name: part.shape for name, part in folded.items()} == {
+        name: part.shape for name, part in factors.items()
+    }
+    torch.testing.assert_close(fitted.apply(x, folded), other.apply(x, moved), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0, 5)])
