@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import geofx
@@ -72,26 +73,10 @@ def parse() -> argparse.Namespace:
 def batches(source, text: str, arguments: argparse.Namespace) -> tuple[list, list, list]:
     first = text[: int(len(text) * CALIBRATION_RATIO)]
     last = text[-int(len(text) * HOLDOUT_RATIO) :]
-    calibration = windows(
-        first,
-        source.tokenizer,
-        length=512,
-        batch_size=2,
-        limit_tokens=arguments.calibration_tokens,
-        max_positions=source.max_positions,
-    )
-    holdout, other = (
-        windows(
-            part,
-            source.tokenizer,
-            length=1024,
-            batch_size=1,
-            limit_tokens=arguments.holdout_tokens,
-            max_positions=source.max_positions,
-        )
-        for part in (last, python_text()[1])
-    )
-    return list(calibration), list(holdout), list(other)
+    cut = partial(windows, tokenizer=source.tokenizer, max_positions=source.max_positions)
+    held = {"length": 1024, "batch_size": 1, "limit_tokens": arguments.holdout_tokens}
+    calibration = cut(first, length=512, batch_size=2, limit_tokens=arguments.calibration_tokens)
+    return list(calibration), list(cut(last, **held)), list(cut(python_text()[1], **held))
 
 
 def uniform(weighting: str):
@@ -127,7 +112,6 @@ def planned(*formats):
 
 def default(analysis: geofx.Analysis, keep: float) -> geofx.OptimizedModel:
     """What `geofx.optimize` does, at the effort of the analysis."""
-    analysis.loss_ratio = 1.0
     budget = geofx.Budget(parameters=keep, scope="factorizable")
     return optimize_analysis(analysis, budget, ignore=tables(analysis))
 

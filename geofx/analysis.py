@@ -233,11 +233,16 @@ class Analysis:
             return plan
         program = self.lower(plan, rewrites)
         with self.stages("probe"):
-            found = verify(self.original, program, self.validation, self.objective, progress=self.progress)
-        if found.loss_increase <= 0.0:
+            lost = self.loss_of(program)
+        if lost <= 0.0:
             return plan
-        self.loss_ratio *= found.loss_increase / plan.loss
-        return plan.scaled_to(found.loss_increase)
+        self.loss_ratio *= lost / plan.loss
+        return plan.scaled_to(lost)
+
+    def loss_of(self, program: Program) -> float:
+        """What ``program`` loses on the validation batches."""
+        held, progress = self.validation, self.progress
+        return verify(self.original, program, held, self.objective, progress=progress).loss_increase
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
         """The graph with the factors of a fitted plan in it.

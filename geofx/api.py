@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -34,6 +33,8 @@ from geofx.patterns import matching
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import OWN
+from geofx.region_analysis import RegionAnalysis
+from geofx.site import Skip
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.text import batches_of, longest_sequence
@@ -100,17 +101,8 @@ def analyze(
         with stages("calibrate"):
             moments = calibrate(program, batches, objective, mode, progress, directions)
     module = model if isinstance(model, nn.Module) else None
-    assemble = partial(
-        _assemble,
-        original=original,
-        program=program,
-        objective=objective,
-        holdout=parts.holdout,
-        module=module,
-        progress=progress,
-        files=files or {},
-    )
-    analysis = assemble(moments=moments, stages=stages)
+    with stages("analyse"):
+        seen = _Seen.of(program, moments, progress)
     written: list[Batch] = []
     if parts.validation and level.rounds:
         with stages("write text"):
@@ -119,10 +111,12 @@ def analyze(
         with stages("calibrate on written text"):
             further = calibrate(program, written, objective, mode, progress, directions)
             unseen = calibrate(program, parts.validation, objective, mode, progress)
-            longer = assemble(moments=pooled(moments, further), stages=Stages())
-        analysis = replace(_better(analysis, longer, unseen), stages=stages)
+            seen = _better(seen, _Seen.of(program, pooled(moments, further), progress), unseen)
+    analysis = _assemble(
+        original, program, seen, objective, parts.holdout, module, stages, progress, files or {}
+    )
     analysis.holdout_is_calibration, analysis.validation = parts.leaking, parts.validation
-    analysis.calibration = [*batches, *written] if parts.validation and level.steps else []
+    analysis.calibration = [*batches, *written] if parts.validation and level.refines else []
     return analysis
 
 
@@ -150,7 +144,32 @@ class _Parts:
         return cls(batches, validation, held, leaking)
 
 
-def _better(first: Analysis, second: Analysis, unseen: Moments) -> Analysis:
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Moments, what they say of every region, and why they say nothing of some."""
+
+    moments: Moments
+    regions: dict[str, RegionAnalysis]
+    skips: list[Skip]
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        moments: Moments,
+        progress: Progress,
+        known: Mapping[str, Spectrum] | None = None,
+    ) -> _Seen:
+        """The regions of ``program`` under ``moments``."""
+        sites, skips = find_sites(program)
+        regions, failed = analyse(program, find_regions(program, sites), moments, known, progress)
+        return cls(moments, regions, [*skips, *failed])
+
+
+Analysed = TypeVar("Analysed", _Seen, Analysis)
+
+
+def _better(first: Analysed, second: Analysed, unseen: Moments) -> Analysed:
     """The one whose truncations lose less by the moments of data that neither has seen."""
     names = first.regions.keys() & second.regions.keys()
     losses = [loss_on(unseen, {name: one.regions[name] for name in sorted(names)}) for one in (first, second)]
@@ -185,17 +204,10 @@ def load_analysis(
         raise ArtifactMismatchError(
             "the analysis belongs to other weights", where=str(path), fix="analyze this model"
         )
+    with stages("analyse"):
+        seen = _Seen.of(program, stored.moments, progress, stored.spectra)
     analysis = _assemble(
-        original=original,
-        program=program,
-        moments=stored.moments,
-        objective=objective,
-        holdout=stored.holdout,
-        module=model,
-        stages=stages,
-        progress=progress,
-        files=files or {},
-        known=stored.spectra,
+        original, program, seen, objective, stored.holdout, model, stages, progress, files or {}
     )
     analysis.holdout_is_calibration = stored.holdout_is_calibration
     analysis.validation, analysis.calibration = stored.validation, stored.calibration
@@ -218,38 +230,21 @@ def _canonical(original: Program) -> Program:
 
 
 def _assemble(
-    *,
     original: Program,
     program: Program,
-    moments: Moments,
+    seen: _Seen,
     objective: Objective,
     holdout: list[Batch],
     module: nn.Module | None,
     stages: Stages,
     progress: Progress,
     files: Mapping[str, bytes],
-    known: Mapping[str, Spectrum] | None = None,
 ) -> Analysis:
-    sites, skips = find_sites(program)
-    with stages("analyse"):
-        regions, failed = analyse(program, find_regions(program, sites), moments, known, progress)
-        run_passes(
-            program,
-            [Analyse({name: item.spectrum for name, item in regions.items() if item.region.kind in OWN})],
-            written=[SITE],
-        )
+    own = {name: item.spectrum for name, item in seen.regions.items() if item.region.kind in OWN}
+    run_passes(program, [Analyse(own)], written=[SITE])
+    regions, skips, moments = seen.regions, seen.skips, seen.moments
     return Analysis(
-        original,
-        program,
-        regions,
-        [*skips, *failed],
-        moments,
-        objective,
-        holdout,
-        module,
-        stages,
-        progress,
-        files,
+        original, program, regions, skips, moments, objective, holdout, module, stages, progress, files
     )
 
 

@@ -24,18 +24,18 @@ class Effort:
         validated: an eighth of the calibration batches is kept out of the moments, for choices to be made
             on and for the predicted loss to be set by.
         rounds: windows that the model writes itself for each one it was given.
-        steps: of training, after the plan, of the factors on all of these.
+        refines: the factors are trained for a while, after the plan, on all of these.
     """
 
     validated: bool
     rounds: int
-    steps: int
+    refines: bool = False
 
 
 EFFORTS: Mapping[Level, Effort] = {
-    "fast": Effort(validated=False, rounds=0, steps=0),
-    "balanced": Effort(validated=True, rounds=1, steps=0),
-    "best": Effort(validated=True, rounds=2, steps=64),
+    "fast": Effort(validated=False, rounds=0),
+    "balanced": Effort(validated=True, rounds=1),
+    "best": Effort(validated=True, rounds=2, refines=True),
 }
 """By name. Of an optimization with ``"fast"``, ``"balanced"`` takes about 2.5 times as long, ``"best"`` 6."""
 

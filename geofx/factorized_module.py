@@ -90,10 +90,8 @@ class FactorizedLayer(nn.Module):
         """Hold these factors in the place of those that are held; the ``static`` ones are buffers."""
         for attribute in self._attributes.values():
             delattr(self, attribute)
-        self.factorization, self._attributes = (
-            factorization,
-            {name: f"{self.leaf}_{name}" for name in factors},
-        )
+        self.factorization = factorization
+        self._attributes = {name: f"{self.leaf}_{name}" for name in factors}
         for name, value in factors.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(self._attributes[name], value)

@@ -13,6 +13,7 @@ from geofx.batches import Batch, token_mask, vocabularies
 from geofx.objective import NextToken, Objective, token_input
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
+from geofx.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +84,15 @@ def written_text(
     and ``attention_mask``, (batch, length) int64.
     """
     windows = [batch["input_ids"].cpu() for batch in batches if token_mask(batch) is None]
-    total = rounds * sum(-(-len(group) // ROWS) for group in _of_one_length(windows))
-    found: list[Batch] = []
-    progress("write text", 0, total)
-    for done, rows in enumerate(_prompts(windows, rounds)):
-        with torch.random.fork_rng(devices=[]):
+    prompts, found = list(_prompts(windows, rounds)), list[Batch]()
+    progress("write text", 0, len(prompts))
+    for done, rows in enumerate(prompts):
+        with torch.random.fork_rng(devices=[]), evaluating(module):
             torch.manual_seed(seed + done)
             written = _written(module, *rows)
-        size = max(map(len, windows))
-        parts = torch.split(written, size)
+        parts = torch.split(written, max(map(len, windows)))
         found += [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
-        progress("write text", done + 1, total)
+        progress("write text", done + 1, len(prompts))
     return found
 
 
@@ -110,8 +109,9 @@ def _of_one_length(windows: list[Tensor]) -> list[Tensor]:
 
 def _prompts(windows: list[Tensor], rounds: int) -> Iterator[tuple[Tensor, int]]:
     """(prompts, length of the window to write); each round begins at another place of the windows."""
+    start = _common_start(windows) if windows else 0
     for whole in _of_one_length(windows):
-        length, start = whole.shape[1], _common_start(windows)
+        length = whole.shape[1]
         size = max(1, round(PROMPT_RATIO * length))
         for turn in range(rounds):
             place = start + turn * max(0, length - start - size) // rounds
@@ -147,12 +147,7 @@ def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
         min_new_tokens=more,
         pad_token_id=int(prompts[0, 0]),
     )
-    device, training = next(module.parameters()).device, module.training
-    module.eval()
-    try:
-        given = prompts.to(device)
-        mask = torch.ones_like(given)
-        written: Tensor = module.generate(given, attention_mask=mask, generation_config=settings)
-        return written.cpu()
-    finally:
-        module.train(training)
+    given = prompts.to(next(module.parameters()).device)
+    mask = torch.ones_like(given)
+    written: Tensor = module.generate(given, attention_mask=mask, generation_config=settings)
+    return written.cpu()

@@ -83,8 +83,9 @@ def pooled(first: Moments, second: Moments) -> Moments:
     """
 
     def by_tokens(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        seen = {key: (first.tokens[key], second.tokens[key]) for key in one}
-        return {key: _mean(part, other[key], *seen[key]) for key, part in one.items()}
+        return {
+            key: _mean(part, other[key], first.tokens[key], second.tokens[key]) for key, part in one.items()
+        }
 
     def by_terms(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

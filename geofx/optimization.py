@@ -9,13 +9,11 @@ from dataclasses import replace
 
 from geofx.analysis import Analysis, Rewrites
 from geofx.budget import Budget
-from geofx.effort import EFFORTS
 from geofx.errors import NumericsError
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
 from geofx.plan import Plan
 from geofx.uniform import uniform_plan
-from geofx.verify import verify
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +25,8 @@ PROBES = 4
 """How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
 NEAR_RATIO = 0.85
 """Share of such a budget at which a plan is near enough."""
+STEPS = 64
+"""Of the training that refines a result."""
 
 
 def optimize_analysis(
@@ -52,9 +52,11 @@ def optimize_analysis(
             break
     if best is None:
         logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
-    result = analysis.finish(*(best or (plan, rewrites)))
-    if analysis.calibration and result.rewrites:
-        result = refined(analysis, result)
+    plan, rewrites = best or (plan, rewrites)
+    if analysis.calibration and rewrites:
+        result = refined(analysis, analysis.finish(plan, rewrites, holdout=[]))
+    else:
+        result = analysis.finish(plan, rewrites)
     return _not_worse_than_uniform(analysis, result, include, ignore)
 
 
@@ -69,7 +71,7 @@ def _not_worse_than_uniform(
     if same is None or failures:
         return result
     program = analysis.lower(same, rewrites)
-    lost = verify(analysis.original, program, analysis.validation, analysis.objective).loss_increase
+    lost = analysis.loss_of(program)
     if result.plan.loss is None or lost >= result.plan.loss:
         return result
     logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, result.plan.loss)
@@ -82,7 +84,7 @@ def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
     The best state on the validation batches is kept, so it is never worse there; the plan's loss is what it
     then loses on them.
     """
-    steps, objective = EFFORTS["best"].steps, analysis.objective
+    objective = analysis.objective
     with analysis.stages("refine"):
         result = result.recover(
             analysis.calibration,
@@ -90,12 +92,11 @@ def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
             holdout=analysis.holdout or None,
             loss=objective.function if isinstance(objective, Custom) else None,
             progress=analysis.progress,
-            steps=steps,
-            every=steps // 4,
+            steps=STEPS,
+            every=STEPS // 4,
         )
-        original, program = analysis.original, result.program
-        found = verify(original, program, analysis.validation, objective, progress=analysis.progress)
-    plan = result.plan.scaled_to(found.loss_increase) if found.loss_increase > 0.0 else result.plan
+        lost = analysis.loss_of(result.program)
+    plan = result.plan.scaled_to(lost) if lost > 0.0 else result.plan
     report = replace(result.report, stages=tuple(analysis.stages.done), predicted_loss=plan.loss)
     return replace(result, plan=plan, report=report)
 

@@ -208,8 +208,9 @@ def _unfolded(student: nn.Module, whole: Mapping[str, Tensor]) -> Iterator[None]
     found = []
     for path, layer in student.named_modules():
         if isinstance(layer, FactorizedLayer) and isinstance(layer.factorization, Unfolding):
-            known = whole.get(f"{path}.{layer.leaf}", layer.weight).detach()
-            found.append(_Unfolded(layer, known.t() if layer.transposed else known))
+            known = whole.get(f"{path}.{layer.leaf}")
+            dense = (layer.weight if known is None else known).detach()
+            found.append(_Unfolded(layer, dense.t() if layer.transposed else dense))
     try:
         yield
     finally:
