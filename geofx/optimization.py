@@ -13,6 +13,7 @@ from geofx.errors import NumericsError
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
 from geofx.plan import Plan
+from geofx.training import native_autocast
 from geofx.uniform import uniform_plan
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ PROBES = 4
 """How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
 NEAR_RATIO = 0.85
 """Share of such a budget at which a plan is near enough."""
-STEPS = 64
+STEPS = 128
 """Of the training that refines a result."""
 
 
@@ -85,6 +86,7 @@ def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
     then loses on them.
     """
     objective = analysis.objective
+    device = next(part.device for _, part in analysis.original.tensors())
     with analysis.stages("refine"):
         result = result.recover(
             analysis.calibration,
@@ -94,6 +96,7 @@ def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
             progress=analysis.progress,
             steps=STEPS,
             every=STEPS // 4,
+            autocast=native_autocast(device),
         )
         lost = analysis.loss_of(result.program)
     plan = result.plan.scaled_to(lost) if lost > 0.0 else result.plan

@@ -109,9 +109,11 @@ class Recovery:
         return run
 
     def _step(self, batches: list[Batch]) -> float:
-        total = 0.0
+        total, precision = 0.0, self.training.autocast
+        device = next(self.student.parameters()).device.type
         for batch in batches:
-            loss = self._loss(batch) / len(batches)
+            with torch.autocast(device, precision, enabled=precision is not None):
+                loss = self._loss(batch) / len(batches)
             if self.training.accelerator is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
@@ -184,10 +186,13 @@ class Recovery:
         if training.checkpoint is None:
             return None
         settings = training.steps, training.learning_rate, training.accumulate, training.every, training.seed
+        precision = str(training.autocast)
         goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]
         start = [part.detach() for part in trained.values()]
-        return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *goal, *start, *data))
+        return Checkpoint(
+            Cache(Path(training.checkpoint)), digest("recover", settings, precision, *goal, *start, *data)
+        )
 
 
 def _on(device: torch.device, value: Any) -> Any:

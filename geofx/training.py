@@ -19,6 +19,8 @@ MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSche
 
 BETAS = (0.9, 0.95)
 WARMUP_RATIO = 0.05
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""What a CPU with matmuls in bfloat16 has."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Training:
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.
         seed: of the order of the batches.
+        autocast: dtype of the matmuls of a step, such as `native_autocast` gives; parameters keep their own,
+            and validation is computed in that.
         optimizer: makes any torch optimizer of the parameters; by default AdamW without decay.
         schedule: makes any schedule of it; by default a linear warm-up and a cosine to zero.
         checkpoint: folder that the run is kept in, and taken up from where it is there.
@@ -46,6 +50,7 @@ class Training:
     every: int = 20
     vectors: bool = True
     seed: int = 0
+    autocast: torch.dtype | None = None
     optimizer: MakeOptimizer | None = None
     schedule: MakeSchedule | None = None
     checkpoint: str | Path | None = None
@@ -93,6 +98,15 @@ class Training:
             return min(1.0, (step + 1) / warm) * cosine
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def native_autocast(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it faster than float32, else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    told = getattr(torch.cpu, "get_capabilities", dict) if device.type == "cpu" else dict
+    can: Mapping[str, Any] = told()
+    return torch.bfloat16 if any(can.get(name) for name in BFLOAT16) else None
 
 
 def _size(part: nn.Parameter) -> float:

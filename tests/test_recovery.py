@@ -16,6 +16,7 @@ from geofx import Budget, OptimizedModel
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
 from geofx.factorizations import Factored
 from geofx.program import flat_tensors
+from geofx.training import native_autocast
 
 SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 1e-3, "every": 3}
 
@@ -83,6 +84,25 @@ def test_the_original_and_the_result_before_stay_as_they_are(decoder: OptimizedM
 def test_a_ruinous_learning_rate_gives_back_what_there_was(decoder: OptimizedModel) -> None:
     after = decoder.recover(batches("llama", 4), steps=6, learning_rate=3.0, every=2)
     assert all(torch.equal(part, factors_of(decoder)[name]) for name, part in factors_of(after).items())
+
+
+def test_steps_in_bfloat16_move_factors_that_stay_float32(decoder: OptimizedModel) -> None:
+    settings: dict[str, Any] = {**SETTINGS, "steps": 48, "every": 12}
+    low, full = (
+        decoder.recover(batches("llama", 16), autocast=dtype, **settings) for dtype in (torch.bfloat16, None)
+    )
+    losses = [row["validation"] for row in low.report.recovery]
+    assert min(losses) < losses[0] == full.report.recovery[0]["validation"]
+    for one, other in zip(factors_of(low).values(), factors_of(full).values(), strict=True):
+        assert one.dtype == other.dtype
+        assert not torch.equal(one, other)
+
+
+def test_only_devices_that_multiply_bfloat16_are_asked_to() -> None:
+    assert native_autocast(torch.device("meta")) is None
+    told = torch.cpu.get_capabilities()
+    native = any(told.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert native_autocast(torch.device("cpu")) == (torch.bfloat16 if native else None)
 
 
 def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedModel, tmp_path: Path) -> None:
