@@ -111,6 +111,7 @@ def analyze(
         with stages("calibrate on written text"):
             further = calibrate(program, written, objective, mode, progress, directions)
             unseen = calibrate(program, parts.validation, objective, mode, progress)
+        with stages("analyse with written text"):
             seen = _better(seen, _Seen.of(program, pooled(moments, further), progress), unseen)
     analysis = _assemble(
         original, program, seen, objective, parts.holdout, module, stages, progress, files or {}

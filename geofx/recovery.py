@@ -109,10 +109,10 @@ class Recovery:
         return run
 
     def _step(self, batches: list[Batch]) -> float:
-        total, precision = 0.0, self.training.autocast
+        total, dtype = 0.0, self.training.autocast
         device = next(self.student.parameters()).device.type
         for batch in batches:
-            with torch.autocast(device, precision, enabled=precision is not None):
+            with nullcontext() if dtype is None else torch.autocast(device, dtype):
                 loss = self._loss(batch) / len(batches)
             if self.training.accelerator is None:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -185,14 +185,12 @@ class Recovery:
         training = self.training
         if training.checkpoint is None:
             return None
-        settings = training.steps, training.learning_rate, training.accumulate, training.every, training.seed
-        precision = str(training.autocast)
+        rates = training.learning_rate, training.accumulate, str(training.autocast)
+        settings = training.steps, training.every, training.seed, *rates
         goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]
         start = [part.detach() for part in trained.values()]
-        return Checkpoint(
-            Cache(Path(training.checkpoint)), digest("recover", settings, precision, *goal, *start, *data)
-        )
+        return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *goal, *start, *data))
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -19,6 +19,7 @@ MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSche
 
 BETAS = (0.9, 0.95)
 WARMUP_RATIO = 0.05
+AUTOCAST = (None, torch.bfloat16, torch.float16)
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 """What a CPU with matmuls in bfloat16 has."""
 
@@ -65,6 +66,10 @@ class Training:
         rate = self.learning_rate
         if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
             raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 3e-4")
+
+        if self.autocast not in AUTOCAST:
+            fix = "give torch.bfloat16, torch.float16 or None"
+            raise ConfigError(f"autocast is {self.autocast!r}", where="recover", fix=fix)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Training:

@@ -98,11 +98,22 @@ def test_steps_in_bfloat16_move_factors_that_stay_float32(decoder: OptimizedMode
         assert not torch.equal(one, other)
 
 
-def test_only_devices_that_multiply_bfloat16_are_asked_to() -> None:
+@pytest.mark.parametrize(
+    ("told", "dtype"),
+    [
+        ({"avx512_bf16": True, "avx2": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"bf16": True, "sve": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, None),
+        ({}, None),
+    ],
+)
+def test_only_devices_that_multiply_bfloat16_are_asked_to(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, bool], dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    assert native_autocast(torch.device("cpu")) is dtype
     assert native_autocast(torch.device("meta")) is None
-    told = torch.cpu.get_capabilities()
-    native = any(told.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    assert native_autocast(torch.device("cpu")) == (torch.bfloat16 if native else None)
 
 
 def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedModel, tmp_path: Path) -> None:
@@ -229,6 +240,8 @@ def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
         ({"steps": True}, "give 1 or more"),
         ({"learning_rate": "1e-3"}, "give 3e-4"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"autocast": "bfloat16"}, "give torch.bfloat16"),
+        ({"autocast": torch.float32}, "give torch.bfloat16"),
     ],
 )
 def test_wrong_settings_are_named(decoder: OptimizedModel, settings: dict[str, Any], message: str) -> None:
