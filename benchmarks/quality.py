@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --model smollm2 --text wikitext-2-raw-valid.txt
 
-Calibrates on the first part of the text, measures on the last, and on a text of another kind: topics of
-Python's manual. ``--model`` takes what ``geofx optimize`` takes.
+Measures on every fourth article of the text, calibrates on the others; and measures on a text of another
+kind: topics of Python's manual. ``--model`` takes what ``geofx optimize`` takes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch.nn import functional
+
 import geofx
+from geofx.batches import inputs_of
 from geofx.factorizations import Dense, GaugeFixed, LowRank
+from geofx.objective import NextToken
 from geofx.optimization import optimize_analysis
+from geofx.program import flat_tensors
 from geofx.region import TABLES
 from geofx.sources import load_source
 from geofx.stages import peak_memory_bytes
@@ -26,7 +33,8 @@ from geofx.text import python_text, windows
 from geofx.verify import Fidelity, verify
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-CALIBRATION_RATIO, HOLDOUT_RATIO = 0.6, 0.15
+HELD_OUT = 4
+"""Of so many articles one is held out."""
 
 
 def main() -> None:
@@ -49,7 +57,8 @@ def main() -> None:
                 result = RUNGS[name][1](analysis, keep)
                 seconds = spent + time.perf_counter() - begun
                 elsewhere = verify(analysis.original, result.program, other, analysis.objective)
-                rows.append(row_of(name, keep, result, elsewhere, seconds))
+                cosines = [pooled_cosine(analysis, result, part) for part in (holdout, other)]
+                rows.append(row_of(name, keep, result, elsewhere, seconds, cosines))
                 say(started, json.dumps(rows[-1]))
     print_table(rows)
     if arguments.json:
@@ -64,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
+    parser.add_argument("--length", type=int, default=512, help="of the windows")
     parser.add_argument("--calibration-tokens", type=int, default=64 * 512)
     parser.add_argument("--holdout-tokens", type=int, default=16 * 1024)
     parser.add_argument("--json", help="write the rows to this file too")
@@ -71,12 +81,20 @@ def parse() -> argparse.Namespace:
 
 
 def batches(source, text: str, arguments: argparse.Namespace) -> tuple[list, list, list]:
-    first = text[: int(len(text) * CALIBRATION_RATIO)]
-    last = text[-int(len(text) * HOLDOUT_RATIO) :]
-    cut = partial(windows, tokenizer=source.tokenizer, max_positions=source.max_positions)
-    held = {"length": 1024, "batch_size": 1, "limit_tokens": arguments.holdout_tokens}
-    calibration = cut(first, length=512, batch_size=2, limit_tokens=arguments.calibration_tokens)
-    return list(calibration), list(cut(last, **held)), list(cut(python_text()[1], **held))
+    articles = re.split(r"(?m)^(?= = [^=].* = $)", text)
+    if len(articles) < HELD_OUT:
+        sys.exit("the text has no articles that begin with ' = Title = '")
+    held = articles[HELD_OUT - 1 :: HELD_OUT]
+    first, last = "".join(part for part in articles if part not in held), "".join(held)
+    length = arguments.length
+    settings = {"length": length, "batch_size": 1024 // length, "max_positions": source.max_positions}
+    cut = partial(windows, tokenizer=source.tokenizer, **settings)
+    sizes = arguments.calibration_tokens, arguments.holdout_tokens, arguments.holdout_tokens
+    texts = first, last, python_text()[1]
+    calibration, holdout, other = (
+        list(cut(part, limit_tokens=size)) for part, size in zip(texts, sizes, strict=True)
+    )
+    return calibration, holdout, other
 
 
 def uniform(weighting: str):
@@ -129,8 +147,26 @@ RUNGS = {
 """Name -> the effort of the analysis, and what is made of it."""
 
 
+@torch.no_grad()
+def pooled_cosine(analysis: geofx.Analysis, result: geofx.OptimizedModel, held: list) -> float | None:
+    """Mean cosine between the sentence embeddings, outputs averaged over tokens; None of a language model."""
+    if isinstance(analysis.objective, NextToken):
+        return None
+    found = []
+    for batch in held:
+        given = inputs_of(analysis.original, batch)
+        pair = (flat_tensors(program(**given))[0] for program in (analysis.original, result.program))
+        found.append(functional.cosine_similarity(*(output.mean(1) for output in pair)))
+    return float(torch.cat(found).mean())
+
+
 def row_of(
-    name: str, keep: float, result: geofx.OptimizedModel, other: Fidelity, seconds: float
+    name: str,
+    keep: float,
+    result: geofx.OptimizedModel,
+    other: Fidelity,
+    seconds: float,
+    cosines: list[float | None],
 ) -> dict[str, object]:
     report, fidelity = result.report, result.fidelity
     return {
@@ -149,6 +185,8 @@ def row_of(
         "top1": fidelity.top1_agreement,
         "other_loss_increase": other.loss_increase,
         "other_kl": other.kl,
+        "cosine": cosines[0],
+        "other_cosine": cosines[1],
         "gap": result.plan.solver.gap,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -157,18 +195,20 @@ def row_of(
 
 def print_table(rows: list[dict[str, object]]) -> None:
     print(
-        "| method | keep | kept | MB | ppl | Δ loss | predicted | KL | top-1 | other text: Δ | KL | s | GB |"
+        "| method | keep | kept | MB | ppl | Δ loss | predicted | KL | top-1 | cosine "
+        "| other text: Δ | KL | cosine | s | GB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         perplexity = f"{row['perplexity']:.4g}" if row["perplexity"] else "-"
-        kl, top, elsewhere = (
-            "-" if row[name] is None else f"{row[name]:.4f}" for name in ("kl", "top1", "other_kl")
+        names = ("kl", "top1", "cosine", "other_kl", "other_cosine")
+        kl, top, cosine, elsewhere, other_cosine = (
+            "-" if row[name] is None else f"{row[name]:.4f}" for name in names
         )
         print(
             f"| {row['rung']} | {row['keep']} | {row['kept']:.4f} | {row['bytes'] / 1e6:.1f} | "
-            f"{perplexity} | {row['loss_increase']:.4f} | {row['predicted']:.4f} | {kl} | {top} | "
-            f"{row['other_loss_increase']:.4f} | {elsewhere} | {row['seconds']:.0f} | "
+            f"{perplexity} | {row['loss_increase']:.4f} | {row['predicted']:.4f} | {kl} | {top} | {cosine} | "
+            f"{row['other_loss_increase']:.4f} | {elsewhere} | {other_cosine} | {row['seconds']:.0f} | "
             f"{row['peak_memory_bytes'] / 1e9:.1f} |"
         )
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, config_of, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, split
+from geofx.batches import Batch, split, spread
 from geofx.budget import Budget
 from geofx.effort import Effort, Level, effort_named, loss_on
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
@@ -139,7 +139,7 @@ class _Parts:
         if not held and batches:
             batches, held = split(batches)
         if level.validated and len(batches) > 1:
-            batches, validation = split(batches)
+            batches, validation = spread(batches)
         elif level.validated:
             logger.warning("too few batches to set some apart for choices: no more is done than with 'fast'")
         return cls(batches, validation, held, leaking)

@@ -68,6 +68,16 @@ def split(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Batc
     return batches[:-kept], batches[-kept:]
 
 
+def spread(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Batch], list[Batch]]:
+    """As `split`, but those apart are evenly spread: they show what all show, if from the same texts."""
+    if len(batches) == 1:
+        return batches, batches
+    kept = max(1, round(len(batches) * ratio))
+    places = {(2 * turn + 1) * len(batches) // (2 * kept) for turn in range(kept)}
+    rest = [batch for place, batch in enumerate(batches) if place not in places]
+    return rest, [batches[place] for place in sorted(places)]
+
+
 def inputs_of(program: Program, batch: Batch) -> Batch:
     """What of ``batch`` the traced graph takes, with ids checked against the embedding.
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from geofx import cli_options as options
@@ -17,7 +18,7 @@ from geofx.folder import check_target
 from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import load_source, load_tokenizer
-from geofx.training import Training
+from geofx.training import Training, native_autocast
 
 
 def recover(
@@ -36,7 +37,9 @@ def recover(
         typer.Option(metavar="FILE", help="Text to measure on; by default an eighth, not trained on."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = Training.steps,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = Training.learning_rate,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak; by default it goes by the loss at the start.")
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the run is kept; an interrupted one goes on from there."),
@@ -56,6 +59,7 @@ def recover(
         "learning_rate": learning_rate,
         "checkpoint": checkpoint,
         "seed": seed,
+        "autocast": native_autocast(torch.device("cpu")),
     }
     Training.of(training)
     check_target(output, overwrite=overwrite)

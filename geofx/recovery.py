@@ -77,7 +77,8 @@ class Recovery:
         device = training.device if training.accelerator is None else training.accelerator.device
         if device is not None:
             self.student.to(device)
-        optimizer = training.made_optimizer(list(trained.values()))
+        start = self._mean_loss(validation)
+        optimizer = training.made_optimizer(list(trained.values()), start)
         schedule = training.made_schedule(optimizer)
         if training.accelerator is not None:
             prepared = training.accelerator.prepare(self.student, optimizer, schedule)
@@ -86,7 +87,7 @@ class Recovery:
         found = checkpoint.read(trained, optimizer, schedule) if checkpoint else None
         if found is None:
             run = Progressed()
-            best = self._validated(run, trained, {}, validation)
+            best = self._noted(run, trained, {}, start)
         else:
             run, best = found
         self.progress("recover", run.step, training.steps)
@@ -100,7 +101,7 @@ class Recovery:
             run.step += 1
             self.progress("recover", run.step, training.steps)
             if run.step % training.every == 0 or run.step == training.steps:
-                best = self._validated(run, trained, best, validation, loss)
+                best = self._noted(run, trained, best, self._mean_loss(validation), loss)
                 if checkpoint is not None:
                     checkpoint.write(run, trained, best, optimizer, schedule)
         with torch.no_grad():
@@ -133,16 +134,18 @@ class Recovery:
         return distance / max(terms, 1e-30)
 
     @torch.no_grad()
-    def _validated(
+    def _mean_loss(self, batches: list[Batch]) -> float:
+        return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+
+    def _noted(
         self,
         run: Progressed,
         trained: Mapping[str, nn.Parameter],
         best: Tensors,
-        validation: list[Batch],
+        found: float,
         loss: float | None = None,
     ) -> Tensors:
-        """The best parameters so far; what was seen joins the history."""
-        found = sum(float(self._loss(batch)) for batch in validation) / len(validation)
+        """The best parameters so far; what was ``found`` on the validation batches joins the history."""
         run.history.append(
             {"step": run.step, "validation": found} | ({} if loss is None else {"training": loss})
         )

@@ -28,6 +28,8 @@ WINDOW_TOKENS = 512
 """Length of the windows that text is cut into."""
 
 READ_BYTES = 1 << 20
+PLACE_CHARACTERS = 16
+"""How many, per token of a window, are read at a place of a corpus."""
 PIECE_CHARACTERS = 1 << 16
 """A corpus is tokenized in pieces of about this length, so that a file of any size can be streamed."""
 
@@ -49,6 +51,11 @@ class Specials:
                 return cls(tuple(whole[:start]), tuple(whole[start + len(bare) :]))
         logger.warning("cannot tell how the tokenizer begins a text; windows begin without special tokens")
         return cls((), ())
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.prefix) + len(self.suffix)
 
     def wrap(self, ids: list[int]) -> list[int]:
         """``ids`` as a text of their own."""
@@ -102,7 +109,8 @@ def windows(
     Args:
         texts: a corpus, the path of a UTF-8 file, or separate texts.
         tokenizer: a Hugging Face tokenizer, or anything that is called like one.
-        limit_tokens: stop before the window that would exceed it; the first is always given.
+        limit_tokens: the most that are given; the first window always is. Of a corpus that holds more they
+            come from evenly spread places, of separate texts the first.
         max_positions: what the model can take, where less than ``length``.
         vocabulary: rows of the model's embedding; an id beyond them is an error here, not a crash there.
 
@@ -111,14 +119,15 @@ def windows(
         ConfigError: ``length`` leaves no room beside the special tokens.
     """
     specials = Specials.of(tokenizer)
-    room = _window_length(length, tokenizer, max_positions) - len(specials.prefix) - len(specials.suffix)
+    room = _window_length(length, tokenizer, max_positions) - specials.count
     if room < 2:
         raise ConfigError(f"windows of {length} tokens", where=f"{specials}", fix="use a greater length")
     if isinstance(texts, Path):
         require_file(texts)
     dropped: Counter[str] = Counter()
     if isinstance(texts, str | Path):
-        bodies = _cut_corpus(_pieces(texts), tokenizer, room)
+        bodies = _spread(texts, tokenizer, room, (limit_tokens or 0) // (room + specials.count))
+        bodies = bodies or _cut_corpus(_pieces(texts), tokenizer, room)
     else:
         bodies = _cut_texts(texts, tokenizer, room, dropped)
     rows = _limited((_checked(specials.wrap(ids), vocabulary) for ids in bodies), limit_tokens)
@@ -184,11 +193,50 @@ def require_file(path: Path) -> None:
         raise CalibrationError("no such text file", where=path.name, fix=fix)
 
 
+def _blocks(texts: str | Path) -> Iterator[str]:
+    if isinstance(texts, Path):
+        return read_text(texts)
+    starts = range(0, len(texts), READ_BYTES)
+    return (texts[start : start + READ_BYTES].replace("\0", "") for start in starts)
+
+
+def _spread(texts: str | Path, tokenizer: Any, room: int, count: int) -> list[list[int]]:
+    """``count`` whole windows from evenly spread places; none where the corpus may not hold so many.
+
+    The first texts of a corpus show only their own topics.
+    """
+    apart = sum(map(len, _blocks(texts))) // count if count > 1 else 0
+    found = list[list[int]]()
+    for place in _places(_blocks(texts), apart, min(apart, room * PLACE_CHARACTERS)) if apart else ():
+        ids = _ids(tokenizer, place[place.find(" ") + 1 :] if found else place)[:room]
+        if len(ids) < room:
+            return []
+        found.append(ids)
+    return found[:count]
+
+
+def _places(blocks: Iterator[str], apart: int, size: int) -> Iterator[str]:
+    """``size`` characters of every ``apart``."""
+    place, skipped = "", 0
+    for block in blocks:
+        start = 0
+        while start < len(block):
+            if skipped:
+                step = min(skipped, len(block) - start)
+                skipped -= step
+            else:
+                step = min(size - len(place), len(block) - start)
+                place += block[start : start + step]
+                if len(place) == size:
+                    yield place
+                    place, skipped = "", apart - size
+            start += step
+
+
 def _pieces(texts: str | Path) -> Iterator[str]:
     """The corpus in pieces that end with a line, where lines are not endless."""
-    blocks = read_text(texts) if isinstance(texts, Path) else iter([texts.replace("\0", "")])
     rest = ""
-    for block in blocks:
+    for block in _blocks(texts):
         rest += block
         while len(rest) >= PIECE_CHARACTERS:
             end = rest.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +18,10 @@ from geofx.patterns import nearest
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
+logger = logging.getLogger(__name__)
+
+RATE_RATIO = 1e-3
+"""Learning rate over the square root of the loss that training starts from."""
 BETAS = (0.9, 0.95)
 WARMUP_RATIO = 0.05
 AUTOCAST = (None, torch.bfloat16, torch.float16)
@@ -32,6 +37,7 @@ class Training:
         steps: of the optimizer.
         learning_rate: at its peak, of the default optimizer: the share of its root mean square by which a
             tensor's numbers change in a step. What is larger, as norms are beside factors, steps further.
+            By default `RATE_RATIO` · sqrt(loss at the start).
         accumulate: batches per step.
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.
@@ -46,7 +52,7 @@ class Training:
     """
 
     steps: int = 200
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     accumulate: int = 1
     every: int = 20
     vectors: bool = True
@@ -63,10 +69,9 @@ class Training:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}", where="recover", fix="give 1 or more")
-        rate = self.learning_rate
+        rate = 1.0 if self.learning_rate is None else self.learning_rate
         if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
             raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 3e-4")
-
         if self.autocast not in AUTOCAST:
             fix = "give torch.bfloat16, torch.float16 or None"
             raise ConfigError(f"autocast is {self.autocast!r}", where="recover", fix=fix)
@@ -85,11 +90,17 @@ class Training:
                 raise ConfigError(f"no setting {name!r}", where="recover", fix=fix)
         return cls(**settings)
 
-    def made_optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of the parameters."""
+    def made_optimizer(self, trained: list[nn.Parameter], loss: float) -> torch.optim.Optimizer:
+        """The optimizer of the parameters, ``loss`` being what they are to lessen.
+
+        Steps of a share δ of the numbers, in directions that are half noise, cost about δ²: to be small
+        beside a loss L they are in proportion to sqrt(L).
+        """
         if self.optimizer is not None:
             return self.optimizer(trained)
-        groups = [{"params": [part], "lr": self.learning_rate * _size(part)} for part in trained]
+        rate = self.learning_rate or RATE_RATIO * math.sqrt(min(1.0, max(0.0, loss)))
+        logger.info("learning rate %.3g", rate)
+        groups = [{"params": [part], "lr": rate * _size(part)} for part in trained]
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
     def made_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

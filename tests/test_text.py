@@ -121,6 +121,32 @@ def test_limit_tokens(limit: int | None, expected: int) -> None:
     assert len(rows(windows("abcdefghijkl", ByteTokenizer(), length=5, limit_tokens=limit))) == expected
 
 
+WORDS = " ".join(f"{number:05d}" for number in range(200))
+
+
+def starts(batches: Any) -> list[int]:
+    """Places in `WORDS` that the windows begin at."""
+    return [WORDS.index(bytes(row[1:-1]).decode()) for row in rows(batches)]
+
+
+@pytest.mark.parametrize("block", [7, 100, 1 << 20])
+def test_windows_of_a_large_corpus_are_spread(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "READ_BYTES", block)
+    file = tmp_path / "corpus.txt"
+    file.write_text(WORDS)
+    for corpus in (WORDS, file):
+        found = starts(windows(corpus, ByteTokenizer(), length=14, limit_tokens=60))
+        assert found == [0, 300, 600, 900]  # 4 windows, 1,199 characters; each after the next space
+
+
+@pytest.mark.parametrize("limit", [1400, 5000])
+def test_windows_of_a_corpus_that_is_not_larger_follow_one_another(limit: int) -> None:
+    found = starts(windows(WORDS, ByteTokenizer(), length=14, limit_tokens=limit))
+    assert found == list(range(0, 1200 - 12, 12))
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 1 << 20])
 def test_row_53_bom_nul_and_line_ends(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "READ_BYTES", block)
