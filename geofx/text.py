@@ -8,10 +8,11 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,8 +29,12 @@ WINDOW_TOKENS = 512
 """Length of the windows that text is cut into."""
 
 READ_BYTES = 1 << 20
-PLACE_CHARACTERS = 16
+PLACE_CHARACTERS = 32
 """How many, per token of a window, are read at a place of a corpus."""
+CONTINUATION = bytes(range(0x80, 0xC0))
+"""What a character of UTF-8 goes on with after its first byte."""
+WORD_CHARACTERS = 64
+"""Within so many a place goes on to where a word begins."""
 PIECE_CHARACTERS = 1 << 16
 """A corpus is tokenized in pieces of about this length, so that a file of any size can be streamed."""
 
@@ -109,8 +114,8 @@ def windows(
     Args:
         texts: a corpus, the path of a UTF-8 file, or separate texts.
         tokenizer: a Hugging Face tokenizer, or anything that is called like one.
-        limit_tokens: the most that are given; the first window always is. Of a corpus that holds more they
-            come from evenly spread places, of separate texts the first.
+        limit_tokens: the most that are given; the first window always is. A corpus that holds clearly more
+            gives windows from evenly spread places, and is read there only; of separate texts come the first.
         max_positions: what the model can take, where less than ``length``.
         vocabulary: rows of the model's embedding; an id beyond them is an error here, not a crash there.
 
@@ -144,19 +149,40 @@ def read_text(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset = 0
+    with _reading(path) as file:
+        for block in chain(iter(lambda: file.read(READ_BYTES), b""), [b""]):
+            offset += len(block)
+            with _named_bytes(path, offset, from_end=True):
+                text = decoder.decode(block, final=not block)
+            yield newlines.decode(text, final=not block).replace("\ufeff", "").replace("\0", "")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            for block in chain(iter(lambda: file.read(READ_BYTES), b""), [b""]):
-                offset += len(block)
-                text = decoder.decode(block, final=not block)
-                yield newlines.decode(text, final=not block).replace("\ufeff", "").replace("\0", "")
+            yield file
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read the text: {error.strerror}", where=path.name, fix="check the file and its rights"
+        ) from error
+
+
+@contextmanager
+def _named_bytes(path: Path, offset: int, *, from_end: bool = False) -> Iterator[None]:
+    """Says which byte of the file is not UTF-8; what is decoded begins at ``offset``, or ends there."""
+    try:
+        yield
     except UnicodeDecodeError as error:
-        place = offset - len(error.object) + error.start
+        place = (offset - len(error.object) if from_end else offset) + error.start
         raise CalibrationError(
             f"byte {place} is not UTF-8", where=path.name, fix="give a text file, converted to UTF-8"
         ) from error
-    except OSError as error:
-        raise CalibrationError(f"cannot read the text: {error.strerror}", where=path.name) from error
+
+
+def _clean(text: str) -> str:
+    """Without BOM and NUL, every line end a newline."""
+    return text.replace("\ufeff", "").replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def python_text() -> tuple[str, str]:
@@ -193,50 +219,46 @@ def require_file(path: Path) -> None:
         raise CalibrationError("no such text file", where=path.name, fix=fix)
 
 
-def _blocks(texts: str | Path) -> Iterator[str]:
-    if isinstance(texts, Path):
-        return read_text(texts)
-    starts = range(0, len(texts), READ_BYTES)
-    return (texts[start : start + READ_BYTES].replace("\0", "") for start in starts)
-
-
 def _spread(texts: str | Path, tokenizer: Any, room: int, count: int) -> list[list[int]]:
     """``count`` whole windows from evenly spread places; none where the corpus may not hold so many.
 
     The first texts of a corpus show only their own topics.
     """
-    apart = sum(map(len, _blocks(texts))) // count if count > 1 else 0
-    found = list[list[int]]()
-    for place in _places(_blocks(texts), apart, min(apart, room * PLACE_CHARACTERS)) if apart else ():
-        ids = _ids(tokenizer, place[place.find(" ") + 1 :] if found else place)[:room]
+    if count < 2:
+        return []
+    total = texts.stat().st_size if isinstance(texts, Path) else len(texts)
+    apart = total // count
+    found = []
+    for start in range(0, count * apart, max(1, apart)):
+        place = _place(texts, start, min(apart, room * PLACE_CHARACTERS))
+        ids = _ids(tokenizer, place)[:room]
         if len(ids) < room:
+            logger.info("windows follow one another: %d places of the text hold less than one", count)
             return []
         found.append(ids)
-    return found[:count]
+    return found
 
 
-def _places(blocks: Iterator[str], apart: int, size: int) -> Iterator[str]:
-    """``size`` characters of every ``apart``."""
-    place, skipped = "", 0
-    for block in blocks:
-        start = 0
-        while start < len(block):
-            if skipped:
-                step = min(skipped, len(block) - start)
-                skipped -= step
-            else:
-                step = min(size - len(place), len(block) - start)
-                place += block[start : start + step]
-                if len(place) == size:
-                    yield place
-                    place, skipped = "", apart - size
-            start += step
+def _place(texts: str | Path, start: int, size: int) -> str:
+    """What stands from ``start`` on, from the next word on where one is near; places in a file are bytes."""
+    if isinstance(texts, str):
+        place = _clean(texts[start : start + size])
+    else:
+        with _reading(texts) as file:
+            file.seek(start)
+            block = file.read(size)
+        inside = len(block) - len(block.lstrip(CONTINUATION)) if start else 0
+        with _named_bytes(texts, start + inside):
+            place = _clean(codecs.getincrementaldecoder("utf-8")().decode(block[inside:]))
+    return place[place.find(" ", 0, WORD_CHARACTERS) + 1 :] if start else place
 
 
 def _pieces(texts: str | Path) -> Iterator[str]:
     """The corpus in pieces that end with a line, where lines are not endless."""
+    text = "" if isinstance(texts, Path) else _clean(texts)
+    cut = (text[start : start + READ_BYTES] for start in range(0, len(text), READ_BYTES))
     rest = ""
-    for block in _blocks(texts):
+    for block in read_text(texts) if isinstance(texts, Path) else cut:
         rest += block
         while len(rest) >= PIECE_CHARACTERS:
             end = rest.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS

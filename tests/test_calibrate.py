@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import geofx
-from geofx.batches import collect, split
+from geofx.batches import collect, split, spread
 from geofx.errors import CalibrationError, ConfigError
 from geofx.moments import Moments
 from geofx.objective import Custom, NextToken, SquaredError, choose_objective
@@ -191,6 +191,20 @@ def test_all_forms_of_data_give_the_same_batches() -> None:
         assert [batch["input_ids"].tolist() for batch in batches] == [part.tolist() for part in ids.split(2)]
     assert len(collect(ids, names)) == 1
     assert [len(part) for part in split([{}] * 16)] == [14, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "apart"), [(2, [1]), (3, [1]), (8, [4]), (16, [4, 12]), (32, [4, 12, 20, 28]), (13, [3, 9])]
+)
+def test_validation_batches_are_evenly_spread(count: int, apart: list[int]) -> None:
+    every = [{"x": torch.tensor(place)} for place in range(count)]
+    rest, held = spread(every)
+    assert [int(batch["x"]) for batch in held] == apart
+    assert [int(batch["x"]) for batch in rest] == [place for place in range(count) if place not in apart]
+
+
+def test_one_batch_is_on_both_sides() -> None:
+    assert spread([{}]) == split([{}]) == ([{}], [{}])
 
 
 def test_row_51_ids_outside_the_vocabulary_are_named() -> None:

@@ -16,7 +16,7 @@ from geofx import Budget, OptimizedModel
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
 from geofx.factorizations import Factored
 from geofx.program import flat_tensors
-from geofx.training import native_autocast
+from geofx.training import Training, native_autocast
 
 SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 1e-3, "every": 3}
 
@@ -247,6 +247,15 @@ def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
 def test_wrong_settings_are_named(decoder: OptimizedModel, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decoder.recover(batches("llama", 2), **settings)
+
+
+@pytest.mark.parametrize("loss", [0.04, 0.25, 9.0])
+def test_the_learning_rate_goes_by_the_loss(loss: float) -> None:
+    part = nn.Parameter(torch.tensor([3.0, -4.0]))
+    (group,) = Training().made_optimizer([part], loss).param_groups
+    assert group["lr"] == pytest.approx(1e-3 * min(1.0, loss**0.5) * 12.5**0.5)
+    (group,) = Training(learning_rate=0.5).made_optimizer([part], loss).param_groups
+    assert group["lr"] == pytest.approx(0.5 * 12.5**0.5)
 
 
 def test_one_batch_cannot_be_both_trained_and_validated_on(decoder: OptimizedModel) -> None:

@@ -129,16 +129,45 @@ def starts(batches: Any) -> list[int]:
     return [WORDS.index(bytes(row[1:-1]).decode()) for row in rows(batches)]
 
 
-@pytest.mark.parametrize("block", [7, 100, 1 << 20])
-def test_windows_of_a_large_corpus_are_spread(
-    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_module, "READ_BYTES", block)
+def test_windows_of_a_large_corpus_are_spread(tmp_path: Path) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text(WORDS)
     for corpus in (WORDS, file):
         found = starts(windows(corpus, ByteTokenizer(), length=14, limit_tokens=60))
         assert found == [0, 300, 600, 900]  # 4 windows, 1,199 characters; each after the next space
+
+
+def test_places_of_text_without_spaces_begin_at_whole_characters(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.txt"
+    file.write_text("漢字かな" * 100, encoding="utf-8")  # 3 bytes each
+    for corpus in (file, file.read_text(encoding="utf-8")):
+        found = rows(windows(corpus, ByteTokenizer(), length=14, limit_tokens=28 + 14))
+        assert len(found) == 3
+        assert all(bytes(row[1:-1]).decode() in "漢字かな" * 3 for row in found)
+
+
+def test_only_places_of_a_large_file_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.txt"
+    corpus = bytearray(b"12345 " * 600)  # places of 12 x 32 bytes, 900 apart
+    corpus[500] = 0xFF
+    file.write_bytes(corpus)
+    assert len(rows(windows(file, ByteTokenizer(), length=14, limit_tokens=60))) == 4
+    corpus[910] = 0xFF
+    file.write_bytes(corpus)
+    with pytest.raises(CalibrationError, match="byte 910 is not UTF-8"):
+        windows(file, ByteTokenizer(), length=14, limit_tokens=60)
+
+
+def test_a_place_of_too_few_tokens_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="geofx.text")
+
+    class Coarse(ByteTokenizer):
+        def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
+            return super().__call__(text.replace("x", ""), **settings)
+
+    corpus = WORDS[:600] + "x" * 600
+    assert starts(windows(corpus, Coarse(), length=14, limit_tokens=60)) == [0, 12, 24, 36]
+    assert "follow one another" in caplog.text
 
 
 @pytest.mark.parametrize("limit", [1400, 5000])
