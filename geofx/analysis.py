@@ -206,20 +206,24 @@ class Analysis:
 
     def fit(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
         """Factors of every rewritten region, and the errors of those that have none."""
+        with self.stages("fit"):
+            return self.fit_factors(plan)
+
+    def fit_factors(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
+        """`fit` as a part of another stage."""
         rewrites: Rewrites = {}
         failures: dict[str, NumericsError] = {}
         chosen = plan.rewritten
         self.progress("fit", 0, len(chosen))
-        with self.stages("fit"):
-            for done, choice in enumerate(chosen):
-                analysis = self.regions[choice.region]
-                try:
-                    fitted, factors = choice.factorization.fit(analysis.weights, analysis)
-                    stored = _stored(factors, analysis)
-                    rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
-                except NumericsError as error:
-                    failures[choice.region] = error
-                self.progress("fit", done + 1, len(chosen))
+        for done, choice in enumerate(chosen):
+            analysis = self.regions[choice.region]
+            try:
+                fitted, factors = choice.factorization.fit(analysis.weights, analysis)
+                stored = _stored(factors, analysis)
+                rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
+            except NumericsError as error:
+                failures[choice.region] = error
+            self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
 
     def probe(self, plan: Plan, rewrites: Rewrites) -> Plan:
@@ -251,14 +255,18 @@ class Analysis:
             VerificationError: it is not as small as planned.
         """
         with self.stages("rewrite"):
-            program = self.program.clone()
-            run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
+            return self.lowered(plan, rewrites)
+
+    def lowered(self, plan: Plan, rewrites: Rewrites) -> Program:
+        """`lower` as a part of another stage."""
+        program = self.program.clone()
+        run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
         _require_planned(program, plan)
         return program
 
     def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
         """The rewritten, checked and verified result of a fitted plan."""
-        plan = self._as_fitted(plan, rewrites)
+        plan = self.as_fitted(plan, rewrites)
         program = self.lower(plan, rewrites)
         held = self.holdout if holdout is None else holdout
         if not held:
@@ -276,7 +284,7 @@ class Analysis:
             original=self.original,
         )
 
-    def _as_fitted(self, plan: Plan, rewrites: Rewrites) -> Plan:
+    def as_fitted(self, plan: Plan, rewrites: Rewrites) -> Plan:
         """Settings that a fit filled in, and the predicted loss of choices that were edited by hand."""
         choices = []
         for choice in plan.choices:

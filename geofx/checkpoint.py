@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -89,7 +91,7 @@ class Checkpoint:
                     index, _, name = rest.partition("/")
                     state.setdefault(int(index), {})[name] = item
             optimizer.load_state_dict({"state": state, "param_groups": value["groups"]})
-            schedule.load_state_dict(value["schedule"])
+            schedule.load_state_dict(_like(schedule.state_dict(), value["schedule"]))
             run = value["run"]
             best = float("inf") if run["best"] is None else run["best"]
             kept = {name: tensors[f"best/{name}"] for name in trained}
@@ -100,6 +102,29 @@ class Checkpoint:
                 where=str(self.cache.folder),
                 fix="use another folder, or the settings it was made with",
             ) from error
+
+
+def made_of(maker: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> list[Any]:
+    """What tells an optimizer or a schedule, as it was made, from others of other settings."""
+    if isinstance(maker, torch.optim.Optimizer):
+        groups = [
+            {key: item for key, item in group.items() if key != "params"} for group in maker.param_groups
+        ]
+        return [type(maker).__name__, _plain(groups, "optimizer")]
+    return [type(maker).__name__, _plain(maker.state_dict(), "schedule")]
+
+
+def _like(known: Any, value: Any) -> Any:
+    """``value``, read from JSON, with the keys of ``known``, and infinity: there both are strings."""
+    if isinstance(known, float) and isinstance(value, str):
+        return float(value)
+    if isinstance(known, Mapping) and isinstance(value, Mapping):
+        keys = {str(key): key for key in known}
+        found = {keys.get(name, name): _like(known.get(keys.get(name)), item) for name, item in value.items()}
+        return Counter(found) if isinstance(known, Counter) else found
+    if isinstance(known, list | tuple) and isinstance(value, list) and len(known) == len(value):
+        return [_like(*pair) for pair in zip(known, value, strict=True)]
+    return value
 
 
 def _tensors(state: Mapping[int, Mapping[str, Any]], kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -122,6 +147,8 @@ def _plain(value: Any, what: str) -> Any:
     Raises:
         ConfigError: it holds anything else.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor) and value.numel() == 1:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from geofx.analysis import Analysis, Rewrites
 from geofx.budget import Budget
+from geofx.choice import SolverReport
 from geofx.errors import NumericsError
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
@@ -40,43 +41,56 @@ def optimize_analysis(
     """`optimize` from an analysis that is there already.
 
     Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
-    is planned for anew with it.
+    is planned for anew with it, and one share of every matrix is taken instead where that loses less.
     """
-    best: tuple[Plan, Rewrites] | None = None
-    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
-        plan, rewrites = _fitted(analysis, budget, include, ignore)
-        plan = analysis.probe(plan, rewrites)
-        lost, limit = plan.loss or 0.0, math.inf if budget.loss is None else budget.loss
-        if lost <= limit and (best is None or lost > (best[0].loss or 0.0)):
-            best = plan, rewrites
-        if NEAR_RATIO * limit <= lost <= limit:
-            break
-    if best is None:
-        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", limit, lost)
-    plan, rewrites = best or (plan, rewrites)
+    plan, rewrites = _nearest(analysis, budget, include, ignore)
+    if analysis.validation and rewrites:
+        plan, rewrites = _or_uniform(analysis, plan, rewrites, include, ignore)
     if analysis.calibration and rewrites:
         result = refined(analysis, analysis.finish(plan, rewrites, holdout=[]))
     else:
         result = analysis.finish(plan, rewrites)
-    return _not_worse_than_uniform(analysis, result, include, ignore)
+    lost = result.plan.loss or 0.0
+    if budget.loss is not None and lost > budget.loss:
+        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", budget.loss, lost)
+    return result
 
 
-def _not_worse_than_uniform(
-    analysis: Analysis, result: OptimizedModel, include: Patterns | None, ignore: Patterns
-) -> OptimizedModel:
-    """``result``, or one share of every matrix where that loses less on the validation batches."""
+def _nearest(
+    analysis: Analysis, budget: Budget, include: Patterns | None, ignore: Patterns
+) -> tuple[Plan, Rewrites]:
+    """The plan that loses most within a budget of the loss, else the one that exceeds it least."""
+    limit = math.inf if budget.loss is None else budget.loss
+    found: list[tuple[Plan, Rewrites]] = []
+    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
+        plan, rewrites = _fitted(analysis, budget, include, ignore)
+        found.append((analysis.probe(plan, rewrites), rewrites))
+        if NEAR_RATIO * limit <= (found[-1][0].loss or 0.0) <= limit:
+            break
+    excess = [(plan.loss or 0.0) - limit for plan, _ in found]
+    order = [(over > 0.0, abs(over)) for over in excess]
+    return found[order.index(min(order))]
+
+
+def _or_uniform(
+    analysis: Analysis, plan: Plan, rewrites: Rewrites, include: Patterns | None, ignore: Patterns
+) -> tuple[Plan, Rewrites]:
+    """``plan``, or one share of every matrix where that loses less on the validation batches."""
     allowed = analysis.allowed(include or (), ignore)
     regions = [item for item in analysis.regions.values() if allowed.issuperset(item.region.weights)]
-    same = uniform_plan(result.plan, regions) if analysis.validation and result.rewrites else None
-    rewrites, failures = analysis.fit(same) if same else ({}, {})
-    if same is None or failures:
-        return result
-    program = analysis.lower(same, rewrites)
-    lost = analysis.loss_of(program)
-    if result.plan.loss is None or lost >= result.plan.loss:
-        return result
-    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, result.plan.loss)
-    return analysis.finish(same, rewrites)
+    same = uniform_plan(plan, regions)
+    if same is None:
+        return plan, rewrites
+    with analysis.stages("compare with the uniform plan"):
+        simple, failures = analysis.fit_factors(same)
+        if failures:
+            return plan, rewrites
+        lost = analysis.loss_of(analysis.lowered(same, simple))
+    if plan.loss is None or lost >= plan.loss:
+        return plan, rewrites
+    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, plan.loss)
+    same = replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform"))
+    return same.scaled_to(lost) if lost > 0.0 else same, simple
 
 
 def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
@@ -99,8 +113,14 @@ def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
             autocast=native_autocast(device),
         )
         lost = analysis.loss_of(result.program)
-    plan = result.plan.scaled_to(lost) if lost > 0.0 else result.plan
-    report = replace(result.report, stages=tuple(analysis.stages.done), predicted_loss=plan.loss)
+    plan = result.plan.scaled_to(max(0.0, lost))
+    losses = {choice.region: choice.loss for choice in plan.choices}
+    report = replace(
+        result.report,
+        stages=tuple(analysis.stages.done),
+        predicted_loss=plan.loss,
+        regions=tuple(replace(row, loss=losses[row.name]) for row in result.report.regions),
+    )
     return replace(result, plan=plan, report=report)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from geofx.batches import Batch
 from geofx.cache import Cache, digest
-from geofx.checkpoint import Checkpoint, Progressed, Tensors
+from geofx.checkpoint import Checkpoint, Progressed, Tensors, made_of
 from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import Factored, Factorization, Factors, Unfolding
 from geofx.factorized_module import FactorizedLayer, FactorizedLinear
@@ -56,6 +57,8 @@ class Recovery:
 
     def __post_init__(self) -> None:
         self._forward: Model = self.student
+        parts = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else self.whole.values()
+        self._teacher_device = next((part.device for part in parts), torch.device("cpu"))
 
     def run(self, batches: list[Batch], validation: list[Batch]) -> Progressed:
         """Train on ``batches`` and leave the student at the state with the least loss on ``validation``.
@@ -77,17 +80,17 @@ class Recovery:
         device = training.device if training.accelerator is None else training.accelerator.device
         if device is not None:
             self.student.to(device)
-        start = self._mean_loss(validation)
-        optimizer = training.made_optimizer(list(trained.values()), start)
+        before = self._mean_loss(validation)
+        optimizer = training.made_optimizer(list(trained.values()), before)
         schedule = training.made_schedule(optimizer)
+        checkpoint = self._checkpoint(trained, batches, validation, optimizer, schedule)
         if training.accelerator is not None:
             prepared = training.accelerator.prepare(self.student, optimizer, schedule)
             self._forward, optimizer, schedule = prepared
-        checkpoint = self._checkpoint(trained, batches, validation)
         found = checkpoint.read(trained, optimizer, schedule) if checkpoint else None
         if found is None:
             run = Progressed()
-            best = self._noted(run, trained, {}, start)
+            best = self._noted(run, trained, {}, before)
         else:
             run, best = found
         self.progress("recover", run.step, training.steps)
@@ -96,12 +99,17 @@ class Recovery:
             start = run.step * training.accumulate
             loss = self._step([batches[order(start + k)] for k in range(training.accumulate)])
             optimizer.step()
-            schedule.step()
+            by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            if not by_metric:
+                schedule.step()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
             self.progress("recover", run.step, training.steps)
             if run.step % training.every == 0 or run.step == training.steps:
-                best = self._noted(run, trained, best, self._mean_loss(validation), loss)
+                after = self._mean_loss(validation)
+                best = self._noted(run, trained, best, after, loss)
+                if by_metric:
+                    schedule.step(after)
                 if checkpoint is not None:
                     checkpoint.write(run, trained, best, optimizer, schedule)
         with torch.no_grad():
@@ -125,11 +133,10 @@ class Recovery:
         return total
 
     def _loss(self, batch: Batch) -> Tensor:
-        device = next(self.student.parameters()).device
-        given = {name: _on(device, value) for name, value in self.inputs(batch).items()}
+        device, asked = next(self.student.parameters()).device, self.inputs(batch)
         with torch.no_grad():
-            wanted = self.teacher(**given)
-        here = {name: _on(device, value) for name, value in batch.items()}
+            wanted = _on(device, self.teacher(**_on(self._teacher_device, asked)))
+        given, here = _on(device, asked), _on(device, batch)
         distance, terms = self.objective.distance(wanted, self._forward(**given), {**here, **given})
         return distance / max(terms, 1e-30)
 
@@ -145,7 +152,13 @@ class Recovery:
         found: float,
         loss: float | None = None,
     ) -> Tensors:
-        """The best parameters so far; what was ``found`` on the validation batches joins the history."""
+        """The best parameters so far; what was ``found`` on the validation batches joins the history.
+
+        Numbers that are not finite do not: neither a report nor a checkpoint can hold them.
+        """
+        if not math.isfinite(found):
+            logger.warning("recover: step %d, the validation loss is not finite", run.step)
+            return best
         run.history.append(
             {"step": run.step, "validation": found} | ({} if loss is None else {"training": loss})
         )
@@ -183,21 +196,28 @@ class Recovery:
         return place
 
     def _checkpoint(
-        self, trained: Mapping[str, nn.Parameter], batches: Iterable[Batch], validation: Iterable[Batch]
+        self,
+        trained: Mapping[str, nn.Parameter],
+        batches: Iterable[Batch],
+        validation: Iterable[Batch],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> Checkpoint | None:
         training = self.training
         if training.checkpoint is None:
             return None
         rates = training.learning_rate, training.accumulate, str(training.autocast)
-        settings = training.steps, training.every, training.seed, *rates
+        given = (training.optimizer and optimizer, training.schedule and schedule)
+        rules = [made_of(maker) for maker in given if maker is not None]
+        settings = training.steps, training.every, training.seed, *rates, rules
         goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]
         start = [part.detach() for part in trained.values()]
         return Checkpoint(Cache(Path(training.checkpoint)), digest("recover", settings, *goal, *start, *data))
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _on(device: torch.device, values: Any) -> Any:
+    return tree_map_only(Tensor, lambda value: value.to(device), values)
 
 
 def _static(form: Factorization) -> frozenset[str]:

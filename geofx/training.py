@@ -24,7 +24,6 @@ RATE_RATIO = 1e-3
 """Learning rate over the square root of the loss that training starts from."""
 BETAS = (0.9, 0.95)
 WARMUP_RATIO = 0.05
-AUTOCAST = (None, torch.bfloat16, torch.float16)
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 """What a CPU with matmuls in bfloat16 has."""
 
@@ -37,18 +36,20 @@ class Training:
         steps: of the optimizer.
         learning_rate: at its peak, of the default optimizer: the share of its root mean square by which a
             tensor's numbers change in a step. What is larger, as norms are beside factors, steps further.
-            By default `RATE_RATIO` · sqrt(loss at the start).
+            By default `RATE_RATIO` · sqrt(loss at the start), of a loss of 1 at most.
         accumulate: batches per step.
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.
         seed: of the order of the batches.
         autocast: dtype of the matmuls of a step, such as `native_autocast` gives; parameters keep their own,
             and validation is computed in that.
-        optimizer: makes any torch optimizer of the parameters; by default AdamW without decay.
-        schedule: makes any schedule of it; by default a linear warm-up and a cosine to zero.
+        optimizer: makes any torch optimizer of the parameters, but for those that need a closure; by default
+            AdamW without decay.
+        schedule: makes any schedule of it, one that goes by a metric is told each validation loss; by default
+            a linear warm-up and a cosine to zero.
         checkpoint: folder that the run is kept in, and taken up from where it is there.
-        device: such as ``"cuda"``; by default the model stays where it is.
-        accelerator: an ``accelerate.Accelerator`` that places and runs the training instead.
+        device: such as ``"cuda"``; by default the model stays where it is. The teacher runs where it is.
+        accelerator: an ``accelerate.Accelerator`` of one process that places and runs the training instead.
     """
 
     steps: int = 200
@@ -72,9 +73,13 @@ class Training:
         rate = 1.0 if self.learning_rate is None else self.learning_rate
         if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
             raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 3e-4")
-        if self.autocast not in AUTOCAST:
-            fix = "give torch.bfloat16, torch.float16 or None"
+        if self.autocast not in (None, torch.bfloat16):
+            fix = "give torch.bfloat16 or None: gradients vanish in less range"
             raise ConfigError(f"autocast is {self.autocast!r}", where="recover", fix=fix)
+        if getattr(self.accelerator, "num_processes", 1) > 1:
+            raise ConfigError(
+                f"{self.accelerator.num_processes} processes", where="recover", fix="use one process"
+            )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Training:
@@ -97,7 +102,10 @@ class Training:
         beside a loss L they are in proportion to sqrt(L).
         """
         if self.optimizer is not None:
-            return self.optimizer(trained)
+            made = self.optimizer(trained)
+            if isinstance(made, torch.optim.LBFGS):
+                raise ConfigError("LBFGS needs a closure", where="recover", fix="use one that does not")
+            return made
         rate = self.learning_rate or RATE_RATIO * math.sqrt(min(1.0, max(0.0, loss)))
         logger.info("learning rate %.3g", rate)
         groups = [{"params": [part], "lr": rate * _size(part)} for part in trained]

@@ -234,6 +234,7 @@ def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
     assert after < before
     assert result.plan.loss == pytest.approx(after)
     assert result.report.predicted_loss == result.plan.loss
+    assert sum(row.loss or 0.0 for row in result.report.regions) == pytest.approx(after)
     assert [row["step"] for row in result.report.recovery] == [turn * STEPS // 4 for turn in range(5)]
     assert "refine" in [stage.name for stage in result.report.stages]
     assert result.program.size_bytes() == plain.predicted.bytes
@@ -278,6 +279,10 @@ def test_a_plan_that_loses_more_than_the_uniform_one_gives_way_to_it(
     assert good.fidelity is not None
     assert saved.fidelity is not None
     assert good.fidelity.loss_increase <= saved.fidelity.loss_increase * 1.05
+    lost = verify(analysis.original, saved.program, analysis.validation, analysis.objective).loss_increase
+    assert saved.plan.loss == pytest.approx(lost)
+    assert saved.report.predicted_loss == saved.plan.loss
+    assert sum(row.loss or 0.0 for row in saved.report.regions) == pytest.approx(lost)
 
 
 def test_levels() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -13,9 +14,12 @@ from torch import nn
 
 import geofx
 from geofx import Budget, OptimizedModel
+from geofx.cache import Cache
+from geofx.checkpoint import Checkpoint, Progressed
 from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
 from geofx.factorizations import Factored
 from geofx.program import flat_tensors
+from geofx.report import Report
 from geofx.training import Training, native_autocast
 
 SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 1e-3, "every": 3}
@@ -83,6 +87,7 @@ def test_the_original_and_the_result_before_stay_as_they_are(decoder: OptimizedM
 
 def test_a_ruinous_learning_rate_gives_back_what_there_was(decoder: OptimizedModel) -> None:
     after = decoder.recover(batches("llama", 4), steps=6, learning_rate=3.0, every=2)
+    assert Report.from_json(after.report.to_json()) == after.report
     assert all(torch.equal(part, factors_of(decoder)[name]) for name, part in factors_of(after).items())
 
 
@@ -116,7 +121,28 @@ def test_only_devices_that_multiply_bfloat16_are_asked_to(
     assert native_autocast(torch.device("meta")) is None
 
 
-def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedModel, tmp_path: Path) -> None:
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Its milestones are keys that are numbers."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 10], gamma=0.3)
+
+
+def by_metric(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=0, threshold=0.5)
+
+
+def in_turn(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    first = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=5)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [first, stepped(optimizer)], milestones=[5])
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{}, {"learning_rate": None}, {"schedule": stepped}, {"schedule": by_metric}, {"schedule": in_turn}],
+    ids=["default", "rate of its own", "milestones", "by metric", "in turn"],
+)
+def test_an_interrupted_run_ends_where_one_in_one_piece_ends(
+    decoder: OptimizedModel, tmp_path: Path, further: dict[str, Any]
+) -> None:
     class StoppedError(Exception):
         pass
 
@@ -124,8 +150,9 @@ def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedM
         if stage == "recover" and done == 8:
             raise StoppedError
 
-    whole = decoder.recover(batches("llama", 4), **SETTINGS)
-    kept = {**SETTINGS, "checkpoint": tmp_path / "run"}
+    settings = SETTINGS | further
+    whole = decoder.recover(batches("llama", 4), **settings)
+    kept = {**settings, "checkpoint": tmp_path / "run"}
     with pytest.raises(StoppedError):
         decoder.recover(batches("llama", 4), progress=stop, **kept)
     steps: list[int] = []
@@ -139,17 +166,43 @@ def test_an_interrupted_run_ends_where_one_in_one_piece_ends(decoder: OptimizedM
     assert not [path for path in (tmp_path / "run").iterdir() if path.suffix in (".pt", ".pkl", ".bin")]
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(decoder: OptimizedModel, tmp_path: Path) -> None:
-    kept = {**SETTINGS, "checkpoint": tmp_path}
-    decoder.recover(batches("llama", 4), **kept)
+def test_a_checkpoint_of_other_settings_is_not_taken_up(decoder: OptimizedModel, tmp_path: Path) -> None:
+    def made(rate: float) -> Any:
+        return lambda parts: torch.optim.AdamW(parts, lr=rate)
+
+    plain = {"steps": 4, "every": 2}
+    for further in ({}, {"optimizer": made(1e-4)}, {"optimizer": made(1e-3)}, {"schedule": stepped}):
+        alone = decoder.recover(batches("llama", 4), **plain, **further)
+        kept = decoder.recover(batches("llama", 4), checkpoint=tmp_path, **plain, **further)
+        assert kept.report.recovery == alone.report.recovery, further
+
+
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(tmp_path: Path) -> None:
+    part = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([part], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    checkpoint = Checkpoint(Cache(tmp_path), "run")
+    checkpoint.write(Progressed(), {"a": part}, {"a": part.detach()}, optimizer, schedule)
     with pytest.raises(ArtifactMismatchError, match="another run"):
-        decoder.recover(
-            batches("llama", 4),
-            optimizer=lambda parts: torch.optim.SGD(
-                [{"params": parts[:3]}, {"params": parts[3:]}], lr=1e-3, momentum=0.9
-            ),
-            **kept,
-        )
+        checkpoint.read({"a": part, "b": part}, optimizer, schedule)
+
+
+def test_what_cannot_run_here_is_refused(decoder: OptimizedModel) -> None:
+    with pytest.raises(ConfigError, match="closure"):
+        decoder.recover(batches("llama", 4), optimizer=torch.optim.LBFGS, **SETTINGS)
+    with pytest.raises(ConfigError, match="2 processes"):
+        decoder.recover(batches("llama", 4), accelerator=SimpleNamespace(num_processes=2), **SETTINGS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_device(decoder: OptimizedModel, moved: bool) -> None:
+    assert decoder.module is not None
+    teacher = decoder.module.cuda() if moved else decoder.module
+    after = decoder.recover(batches("llama", 4), device="cuda", teacher=teacher, **SETTINGS)
+    decoder.module.cpu()
+    losses = [row["validation"] for row in after.report.recovery]
+    assert min(losses) < losses[0]
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adafactor", "RMSprop"])
@@ -241,7 +294,7 @@ def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
         ({"learning_rate": "1e-3"}, "give 3e-4"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"autocast": "bfloat16"}, "give torch.bfloat16"),
-        ({"autocast": torch.float32}, "give torch.bfloat16"),
+        ({"autocast": torch.float16}, "give torch.bfloat16"),
     ],
 )
 def test_wrong_settings_are_named(decoder: OptimizedModel, settings: dict[str, Any], message: str) -> None:
