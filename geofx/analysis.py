@@ -206,24 +206,20 @@ class Analysis:
 
     def fit(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
         """Factors of every rewritten region, and the errors of those that have none."""
-        with self.stages("fit"):
-            return self.fit_factors(plan)
-
-    def fit_factors(self, plan: Plan) -> tuple[Rewrites, dict[str, NumericsError]]:
-        """`fit` as a part of another stage."""
         rewrites: Rewrites = {}
         failures: dict[str, NumericsError] = {}
         chosen = plan.rewritten
         self.progress("fit", 0, len(chosen))
-        for done, choice in enumerate(chosen):
-            analysis = self.regions[choice.region]
-            try:
-                fitted, factors = choice.factorization.fit(analysis.weights, analysis)
-                stored = _stored(factors, analysis)
-                rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
-            except NumericsError as error:
-                failures[choice.region] = error
-            self.progress("fit", done + 1, len(chosen))
+        with self.stages("fit"):
+            for done, choice in enumerate(chosen):
+                analysis = self.regions[choice.region]
+                try:
+                    fitted, factors = choice.factorization.fit(analysis.weights, analysis)
+                    stored = _stored(factors, analysis)
+                    rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
+                except NumericsError as error:
+                    failures[choice.region] = error
+                self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
 
     def probe(self, plan: Plan, rewrites: Rewrites) -> Plan:
@@ -255,12 +251,8 @@ class Analysis:
             VerificationError: it is not as small as planned.
         """
         with self.stages("rewrite"):
-            return self.lowered(plan, rewrites)
-
-    def lowered(self, plan: Plan, rewrites: Rewrites) -> Program:
-        """`lower` as a part of another stage."""
-        program = self.program.clone()
-        run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
+            program = self.program.clone()
+            run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
         _require_planned(program, plan)
         return program
 

@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, config_of, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, split, spread
+from geofx.batches import Batch, rows_in_both, split, spread
 from geofx.budget import Budget
 from geofx.effort import Effort, Level, effort_named, loss_on
-from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
+from geofx.errors import ArtifactMismatchError, BudgetInfeasibleError, CalibrationError, ConfigError
 from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments, pooled
@@ -41,6 +41,9 @@ from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
 
 logger = logging.getLogger(__name__)
+
+PROBE_RATIO = 0.8
+"""Of the linear parameters: a share as most people ask for."""
 
 
 def analyze(
@@ -117,8 +120,22 @@ def analyze(
         original, program, seen, objective, parts.holdout, module, stages, progress, files or {}
     )
     analysis.holdout_is_calibration, analysis.validation = parts.leaking, parts.validation
+    if parts.validation:
+        _probe(analysis)
     analysis.calibration = [*batches, *written] if parts.validation and level.refines else []
     return analysis
+
+
+def _probe(analysis: Analysis) -> None:
+    """Scale all predicted losses to what the plan of `PROBE_RATIO` loses on the validation batches."""
+    with analysis.stages("probe predictions"):
+        try:
+            plan = analysis.plan(Budget(parameters=PROBE_RATIO, scope="factorizable"))
+        except BudgetInfeasibleError:
+            return
+        rewrites, failures = analysis.fit(plan)
+        if not failures:
+            analysis.probe(plan, rewrites)
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ class _Parts:
         leaking, validation = not held and len(batches) == 1, list[Batch]()
         if leaking:
             logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
+        shared = rows_in_both(batches, held)
+        if shared:
+            logger.warning(
+                "%d held-out rows are calibration data too: what is measured looks too good", shared
+            )
         if not held and batches:
             batches, held = split(batches)
         if level.validated and len(batches) > 1:

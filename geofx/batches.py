@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,22 @@ def spread(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Bat
     places = {(2 * turn + 1) * len(batches) // (2 * kept) for turn in range(kept)}
     rest = [batch for place, batch in enumerate(batches) if place not in places]
     return rest, [batches[place] for place in sorted(places)]
+
+
+def rows_in_both(one: Iterable[Batch], other: Iterable[Batch]) -> int:
+    """How many rows of ``other``, over all its tensors, stand in ``one`` too."""
+    known = set(_row_hashes(one))
+    return sum(row in known for row in _row_hashes(other))
+
+
+def _row_hashes(batches: Iterable[Batch]) -> Iterator[bytes]:
+    for batch in batches:
+        parts = [part.detach().cpu() for part in batch.values() if isinstance(part, Tensor) and part.dim()]
+        for row in range(min((len(part) for part in parts), default=0)):
+            found = hashlib.sha256()
+            for part in parts:
+                found.update(part[row].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            yield found.digest()
 
 
 def inputs_of(program: Program, batch: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from geofx.sources import Source, call_named
 from geofx.text import WINDOW_TOKENS as WINDOW_TOKENS
 from geofx.text import Texts, python_text, require_file, windows
 from geofx.trace import forward_names
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 24576
 BATCH_ROWS = 2
@@ -59,7 +62,7 @@ Effort = Annotated[
     typer.Option(
         help="fast: one pass over the calibration data. balanced, about 2.5 times as long: an eighth of it "
         "is kept to choose and to set the predicted loss on, and the model writes as much text again. "
-        "best, about 6 times: it writes twice as much, and the factors are refined."
+        "best, about 6 times: it writes twice as much, and optimize refines the factors."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -163,6 +166,8 @@ def calibration_of(
         )
     if holdout is None and text == PYTHON_TEXT:
         holdout = PYTHON_TEXT
+    elif text is not None and text == holdout != PYTHON_TEXT:
+        logger.warning("--holdout is the text that is calibrated on: what is measured on it looks too good")
     if holdout is not None:
         held = _batches(source, corpus(holdout), max(length, tokens // 8), length)
     return calibration, held

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +9,6 @@ from typing import Literal
 from geofx.errors import ConfigError
 from geofx.moments import Moments
 from geofx.region_analysis import RegionAnalysis, region_metric
-
-logger = logging.getLogger(__name__)
 
 Level = Literal["fast", "balanced", "best"]
 

@@ -60,7 +60,8 @@ def frontier_of(
 ) -> Frontier:
     """The best plan at each share, largest first; those of ``measured`` are applied and verified too.
 
-    The first share that no plan reaches gives the smallest plan there is, and ends the frontier.
+    The first share that no plan reaches gives the smallest plan there is, and ends the frontier; that plan is
+    measured for all shares below it.
 
     Args:
         analysis: of the model.
@@ -80,6 +81,12 @@ def frontier_of(
     held = _checked(measured)
     if held and not analysis.holdout:
         raise ConfigError("there is no held-out data to measure on", fix="analyze with holdout=")
+    if held and analysis.moments.mode != "two_sided":
+        raise ConfigError(
+            f"predictions are in {analysis.moments.unit}, not in what is measured",
+            where=f"mode={analysis.moments.mode!r}",
+            fix="measure nothing, or analyze with mode='two_sided'",
+        )
     every = sorted({*wanted, *held}, reverse=True)
     if not every:
         raise ConfigError("no share is given", fix="give shares such as 0.8")
@@ -91,8 +98,10 @@ def frontier_of(
             plan = analysis.plan(budget, include=include, ignore=ignore, formats=formats)
             plans.append((share, plan))
         except BudgetInfeasibleError as error:
-            if error.best is not None:
-                plans.append((share, error.best))
+            if error.best is None:
+                raise
+            held = tuple(max(share, asked) for asked in held)
+            plans.append((share, error.best))
             analysis.progress("frontier", len(every), len(every))
             break
         analysis.progress("frontier", len(plans), len(every))

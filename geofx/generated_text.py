@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from geofx.objective import NextToken, Objective, token_input
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.trace import evaluating
-
-logger = logging.getLogger(__name__)
 
 PROMPT_RATIO = 1 / 16
 """Share of a window that is given to the model as the beginning of what it writes."""
@@ -80,20 +78,33 @@ def written_text(
 
     Samples are unlimited: they lie where the model's own distribution does, and their next tokens are those
     of the true Fisher information (Williams, Chrysostomou and Aletras, 2025; Liu et al., 2023). Windows have
-    the lengths of those given and begin as these do; padded ones are left out. Batches hold ``input_ids``
-    and ``attention_mask``, (batch, length) int64.
+    the lengths of those given, padded ones that of the next lower power of two, and begin as these do.
+    Batches hold ``input_ids`` and ``attention_mask``, (batch, length) int64.
     """
-    windows = [batch["input_ids"].cpu() for batch in batches if token_mask(batch) is None]
+    windows = [rows for batch in batches for rows in _unpadded(batch)]
     prompts, found = list(_prompts(windows, rounds)), list[Batch]()
+    size = max((len(batch["input_ids"]) for batch in batches), default=1)
     progress("write text", 0, len(prompts))
     for done, rows in enumerate(prompts):
-        with torch.random.fork_rng(devices=[]), evaluating(module):
+        with torch.random.fork_rng(), evaluating(module), _plain_generation(module):
             torch.manual_seed(seed + done)
             written = _written(module, *rows)
-        parts = torch.split(written, max(map(len, windows)))
+        parts = torch.split(written, size)
         found += [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
         progress("write text", done + 1, len(prompts))
     return found
+
+
+def _unpadded(batch: Batch) -> Iterator[Tensor]:
+    """The batch, or each row of a padded one, (n, length); rows are cut so that many have one length."""
+    ids, mask = batch["input_ids"].cpu(), token_mask(batch)
+    if mask is None:
+        yield ids
+        return
+    for row, held in zip(ids, mask.cpu(), strict=True):
+        known = row[held]
+        if len(known) > 1:
+            yield known[: 1 << (len(known).bit_length() - 1)][None]
 
 
 def _generates(module: nn.Module | None) -> bool:
@@ -128,6 +139,19 @@ def _common_start(windows: list[Tensor]) -> int:
         if any(bool((rows[:, place] != first[place]).any()) for rows in windows):
             return place
     return 0
+
+
+@contextmanager
+def _plain_generation(module: Any) -> Iterator[None]:
+    """Without settings of the model's own, such as a penalty of repetitions, for those that are not given."""
+    from transformers import GenerationConfig  # optional; there where a module can generate
+
+    own = module.generation_config
+    module.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        module.generation_config = own
 
 
 @torch.no_grad()

@@ -82,10 +82,10 @@ def _or_uniform(
     if same is None:
         return plan, rewrites
     with analysis.stages("compare with the uniform plan"):
-        simple, failures = analysis.fit_factors(same)
+        simple, failures = analysis.fit(same)
         if failures:
             return plan, rewrites
-        lost = analysis.loss_of(analysis.lowered(same, simple))
+        lost = analysis.loss_of(analysis.lower(same, simple))
     if plan.loss is None or lost >= plan.loss:
         return plan, rewrites
     logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, plan.loss)
@@ -133,7 +133,7 @@ def _fitted(
         plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
         rewrites, failures = analysis.fit(plan)
         if not failures:
-            return plan, rewrites
+            return analysis.as_fitted(plan, rewrites), rewrites
         names = {choice.region: choice.factorization.name for choice in plan.choices}
         refused |= {(region, names[region]): str(why) for region, why in failures.items()}
     regions = ", ".join(sorted({region for region, _ in refused})[:5])

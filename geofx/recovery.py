@@ -99,8 +99,7 @@ class Recovery:
             start = run.step * training.accumulate
             loss = self._step([batches[order(start + k)] for k in range(training.accumulate)])
             optimizer.step()
-            by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            if not by_metric:
+            if not isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 schedule.step()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
@@ -108,7 +107,7 @@ class Recovery:
             if run.step % training.every == 0 or run.step == training.steps:
                 after = self._mean_loss(validation)
                 best = self._noted(run, trained, best, after, loss)
-                if by_metric:
+                if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
                     schedule.step(after)
                 if checkpoint is not None:
                     checkpoint.write(run, trained, best, optimizer, schedule)

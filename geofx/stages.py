@@ -17,15 +17,25 @@ class Stages:
 
     def __init__(self) -> None:
         self.done: list[Stage] = []
+        self._is_inside = False
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time one block, recorded unless it fails; what followed an earlier ``name`` is forgotten."""
+        """Time one block, recorded unless it fails; what followed an earlier ``name`` is forgotten.
+
+        A block within another one is a part of that, and has no stage of its own.
+        """
+        if self._is_inside:
+            yield
+            return
         names = [stage.name for stage in self.done]
         if name in names:
             del self.done[names.index(name) :]
-        start = time.perf_counter()
-        yield
+        start, self._is_inside = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._is_inside = False
         self.done.append(Stage(name, time.perf_counter() - start, peak_memory_bytes()))
 
 

@@ -130,6 +130,7 @@ def windows(
     if isinstance(texts, Path):
         require_file(texts)
     dropped: Counter[str] = Counter()
+    bodies: Iterable[list[int]]
     if isinstance(texts, str | Path):
         bodies = _spread(texts, tokenizer, room, (limit_tokens or 0) // (room + specials.count))
         bodies = bodies or _cut_corpus(_pieces(texts), tokenizer, room)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import geofx
-from geofx.batches import collect, split, spread
+from geofx.batches import collect, rows_in_both, split, spread
 from geofx.errors import CalibrationError, ConfigError
 from geofx.moments import Moments
 from geofx.objective import Custom, NextToken, SquaredError, choose_objective
@@ -205,6 +205,17 @@ def test_validation_batches_are_evenly_spread(count: int, apart: list[int]) -> N
 
 def test_one_batch_is_on_both_sides() -> None:
     assert spread([{}]) == split([{}]) == ([{}], [{}])
+
+
+def test_row_62_held_out_rows_that_are_calibrated_on_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    given = [unpadded("llama", 2, 8, seed) for seed in range(3)]
+    held = [{name: part.flip(0) for name, part in given[1].items()}, unpadded("llama", 2, 8, 7)]
+    assert rows_in_both(given, held) == 2
+    geofx.analyze(tiny_models.build("llama"), given, holdout=held)
+    assert "2 held-out rows are calibration data too" in caplog.text
+    caplog.clear()
+    geofx.analyze(tiny_models.build("llama"), given, holdout=held[1:])
+    assert "held-out" not in caplog.text
 
 
 def test_row_51_ids_outside_the_vocabulary_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -77,15 +78,26 @@ def test_writing_leaves_the_model_and_the_random_state_alone() -> None:
     assert model.training
 
 
-def test_padded_windows_are_not_begun_from() -> None:
-    given = windows(2)
+def test_rows_of_padded_windows_are_begun_from_cut_to_few_lengths() -> None:
+    given = windows(3)
     given[0]["attention_mask"][0, -3:] = 0
-    assert len(torch.cat([batch["input_ids"] for batch in written_text(_llama(), given, rounds=1)])) == ROWS
-    given[1]["attention_mask"][1, -3:] = 0
-    assert written_text(_llama(), given, rounds=1) == []
+    given[2]["attention_mask"][:, 1:] = 0
+    found = [batch["input_ids"] for batch in written_text(_llama(), given, rounds=1)]
+    assert [tuple(ids.shape) for ids in found] == [(2, 16), (2, LENGTH)]
+    start = 1 + max(1, round(16 / 16))
+    assert torch.equal(found[0][:, :start], given[0]["input_ids"][:, :start])
 
 
-def _llama() -> torch.nn.Module:
+def test_the_models_own_settings_of_generation_do_not_matter() -> None:
+    model, own = _llama(), _llama()
+    own.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=2, num_beams=2, temperature=0.1)
+    settings = own.generation_config
+    one, other = (written_text(item, windows(2), rounds=1) for item in (model, own))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
+    assert own.generation_config is settings
+
+
+def _llama() -> Any:
     return tiny_models.build("llama")
 
 
@@ -193,6 +205,8 @@ def test_loss_on_other_moments_by_hand(analysis: geofx.Analysis) -> None:
 
 
 def test_probing_sets_the_predicted_loss_by_the_measured(analysis: geofx.Analysis, tmp_path: Path) -> None:
+    before = analysis.loss_ratio
+    assert before != 1.0, "analyze has probed already"
     plan = analysis.plan(Budget(size=0.7))
     rewrites, _ = analysis.fit(plan)
     probed = analysis.probe(plan, rewrites)
@@ -201,7 +215,7 @@ def test_probing_sets_the_predicted_loss_by_the_measured(analysis: geofx.Analysi
     assert found > 0.0
     assert probed.loss == pytest.approx(found)
     assert sum(choice.loss or 0.0 for choice in probed.choices) == pytest.approx(found)
-    assert analysis.loss_ratio == pytest.approx(found / plan.loss)
+    assert analysis.loss_ratio == pytest.approx(before * found / plan.loss)
     anew = analysis.plan(Budget(size=0.7))
     assert anew.loss == pytest.approx(found, rel=1e-3)
     assert analysis.finish(anew, rewrites).plan.loss == pytest.approx(found, rel=1e-3)

@@ -112,6 +112,20 @@ def test_wrong_requests_are_refused(analysis: Analysis, settings: dict, message:
         analysis.frontier(**settings)
 
 
+def test_shares_below_the_smallest_plan_measure_that(analysis: Analysis) -> None:
+    found = analysis.frontier(shares=[0.9], measured=[0.02, 0.01], scope="factorizable", formats="low_rank")
+    assert [point.share for point in found.points] == [0.9, 0.02]
+    assert found.points[-1].kept > 0.02
+    assert found.points[-1].loss_increase is not None
+
+
+def test_predictions_in_another_unit_are_not_set_beside_measurements() -> None:
+    batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
+    made = geofx.analyze(tiny_models.build("llama"), batches, mode="forward")
+    with pytest.raises(ConfigError, match="two_sided"):
+        made.frontier(measured=[0.9])
+
+
 def test_nothing_to_measure_on_is_said_before_any_work() -> None:
     example = tiny_models.example("mlp", 8)
     bare = geofx.analyze(tiny_models.build("mlp"), mode="data_free", example=example)
