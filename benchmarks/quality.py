@@ -87,7 +87,7 @@ def batches(source, text: str, arguments: argparse.Namespace) -> tuple[list, lis
     held = articles[HELD_OUT - 1 :: HELD_OUT]
     first, last = "".join(part for part in articles if part not in held), "".join(held)
     length = arguments.length
-    settings = {"length": length, "batch_size": 1024 // length, "max_positions": source.max_positions}
+    settings = {"length": length, "batch_size": max(1, 1024 // length), "max_positions": source.max_positions}
     cut = partial(windows, tokenizer=source.tokenizer, **settings)
     sizes = arguments.calibration_tokens, arguments.holdout_tokens, arguments.holdout_tokens
     texts = first, last, python_text()[1]

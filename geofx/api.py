@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, config_of, hash_tensors
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, rows_in_both, split, spread
+from geofx.batches import Batch, split, spread, warn_of_shared_rows
 from geofx.budget import Budget
 from geofx.effort import Effort, Level, effort_named, loss_on
 from geofx.errors import ArtifactMismatchError, BudgetInfeasibleError, CalibrationError, ConfigError
@@ -153,11 +153,7 @@ class _Parts:
         leaking, validation = not held and len(batches) == 1, list[Batch]()
         if leaking:
             logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
-        shared = rows_in_both(batches, held)
-        if shared:
-            logger.warning(
-                "%d held-out rows are calibration data too: what is measured looks too good", shared
-            )
+        warn_of_shared_rows(batches, held)
         if not held and batches:
             batches, held = split(batches)
         if level.validated and len(batches) > 1:

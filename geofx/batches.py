@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geofx.digest import digest
 from geofx.errors import CalibrationError
 from geofx.program import Program
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -79,20 +82,24 @@ def spread(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Bat
     return rest, [batches[place] for place in sorted(places)]
 
 
+def warn_of_shared_rows(trained: Iterable[Batch], held: Iterable[Batch]) -> None:
+    """Say how many rows to measure on are among those that the factors are made from."""
+    shared = rows_in_both(trained, held)
+    if shared:
+        logger.warning("%d held-out rows are calibration data too: what is measured looks too good", shared)
+
+
 def rows_in_both(one: Iterable[Batch], other: Iterable[Batch]) -> int:
     """How many rows of ``other``, over all its tensors, stand in ``one`` too."""
-    known = set(_row_hashes(one))
-    return sum(row in known for row in _row_hashes(other))
+    asked = list(_row_hashes(other))
+    known = set(_row_hashes(one)) if asked else set()
+    return sum(row in known for row in asked)
 
 
-def _row_hashes(batches: Iterable[Batch]) -> Iterator[bytes]:
+def _row_hashes(batches: Iterable[Batch]) -> Iterator[str]:
     for batch in batches:
-        parts = [part.detach().cpu() for part in batch.values() if isinstance(part, Tensor) and part.dim()]
-        for row in range(min((len(part) for part in parts), default=0)):
-            found = hashlib.sha256()
-            for part in parts:
-                found.update(part[row].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            yield found.digest()
+        parts = [part for part in batch.values() if isinstance(part, Tensor) and part.dim()]
+        yield from (digest(*row) for row in zip(*parts, strict=False))
 
 
 def inputs_of(program: Program, batch: Batch) -> Batch:

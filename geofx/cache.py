@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from torch import Tensor
 
 from geofx import strict_json
+from geofx.digest import digest
 from geofx.errors import ArtifactError, GeofxError
 from geofx.tensor_file import describe, read_tensors, storable, write_tensors
 
@@ -33,19 +32,6 @@ def default_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "geofx" / "compare"
-
-
-def digest(*parts: Any) -> str:
-    """SHA-256 over JSON values and tensors."""
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            found.update(json.dumps(part, sort_keys=True, default=str).encode())
-        found.update(b"\0")
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

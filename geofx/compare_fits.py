@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from geofx import linalg, region_analysis
-from geofx.cache import Cache, digest
+from geofx.cache import Cache
+from geofx.digest import digest
 from geofx.errors import GeofxError, NumericsError, lasting, out_of_memory
 from geofx.factorizations import (
     FACTORIZATIONS,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geofx.batches import Batch
 from geofx.budget import Budget
-from geofx.cache import Cache, default_folder, digest
+from geofx.cache import Cache, default_folder
 from geofx.choice import Totals
 from geofx.compare_choice import Chooser, Notes
 from geofx.compare_fits import Fit, Fits, code_of, reason, seconds_of
@@ -25,6 +25,7 @@ from geofx.compare_prices import Prices
 from geofx.compare_subjects import Names, Subject, subjects
 from geofx.comparison import Comparison, Engine, Figures, Row, finite
 from geofx.compression import compression_ratio, parameter_count, parameter_mae
+from geofx.digest import digest
 from geofx.errors import ConfigError, PlanError, lasting, out_of_memory
 from geofx.factorizations import Dense, Factored
 from geofx.method import Allocation

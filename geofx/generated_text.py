@@ -86,7 +86,7 @@ def written_text(
     size = max((len(batch["input_ids"]) for batch in batches), default=1)
     progress("write text", 0, len(prompts))
     for done, rows in enumerate(prompts):
-        with torch.random.fork_rng(), evaluating(module), _plain_generation(module):
+        with torch.random.fork_rng(), evaluating(module):
             torch.manual_seed(seed + done)
             written = _written(module, *rows)
         parts = torch.split(written, size)
@@ -142,12 +142,9 @@ def _common_start(windows: list[Tensor]) -> int:
 
 
 @contextmanager
-def _plain_generation(module: Any) -> Iterator[None]:
-    """Without settings of the model's own, such as a penalty of repetitions, for those that are not given."""
-    from transformers import GenerationConfig  # optional; there where a module can generate
-
-    own = module.generation_config
-    module.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)  # type: ignore[no-untyped-call]
+def _generating_by(module: Any, settings: Any) -> Iterator[None]:
+    """With ``settings`` in the place of the model's own, which would fill in what they leave open."""
+    own, module.generation_config = module.generation_config, settings
     try:
         yield
     finally:
@@ -170,8 +167,10 @@ def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
         max_new_tokens=more,
         min_new_tokens=more,
         pad_token_id=int(prompts[0, 0]),
+        eos_token_id=module.generation_config.eos_token_id,
     )
     given = prompts.to(next(module.parameters()).device)
     mask = torch.ones_like(given)
-    written: Tensor = module.generate(given, attention_mask=mask, generation_config=settings)
+    with _generating_by(module, settings):
+        written: Tensor = module.generate(given, attention_mask=mask)
     return written.cpu()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.batches import Batch, inputs_of, split
+from geofx.batches import Batch, inputs_of, split, warn_of_shared_rows
 from geofx.compression import Certificate, certify, parameter_mae
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import OnnxReport, to_onnx
@@ -161,6 +161,7 @@ class OptimizedModel:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
         batches, unseen = (batches, unseen) if unseen else split(batches)
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
+        warn_of_shared_rows(batches, held)
         objective, student = choose_objective(original, batches[0], loss), _trainable(self)
         recovery = Recovery(
             student=student,

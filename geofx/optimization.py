@@ -65,11 +65,16 @@ def _nearest(
     for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
         plan, rewrites = _fitted(analysis, budget, include, ignore)
         found.append((analysis.probe(plan, rewrites), rewrites))
-        if NEAR_RATIO * limit <= (found[-1][0].loss or 0.0) <= limit:
+        found = [min(found, key=lambda pair: _distance(pair[0], limit))]
+        if NEAR_RATIO * limit <= (found[0][0].loss or 0.0) <= limit:
             break
-    excess = [(plan.loss or 0.0) - limit for plan, _ in found]
-    order = [(over > 0.0, abs(over)) for over in excess]
-    return found[order.index(min(order))]
+    return found[0]
+
+
+def _distance(plan: Plan, limit: float) -> tuple[bool, float]:
+    """How far from a limit of the loss, those within it first."""
+    lost = plan.loss or 0.0
+    return lost > limit, abs(lost - limit)
 
 
 def _or_uniform(
@@ -90,7 +95,7 @@ def _or_uniform(
         return plan, rewrites
     logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, plan.loss)
     same = replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform"))
-    return same.scaled_to(lost) if lost > 0.0 else same, simple
+    return same.scaled_to(max(0.0, lost)), simple
 
 
 def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from geofx.batches import Batch
-from geofx.cache import Cache, digest
+from geofx.cache import Cache
 from geofx.checkpoint import Checkpoint, Progressed, Tensors, made_of
+from geofx.digest import digest
 from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import Factored, Factorization, Factors, Unfolding
 from geofx.factorized_module import FactorizedLayer, FactorizedLinear
@@ -82,7 +83,8 @@ class Recovery:
             self.student.to(device)
         before = self._mean_loss(validation)
         optimizer = training.made_optimizer(list(trained.values()), before)
-        schedule = training.made_schedule(optimizer)
+        schedule: Any = training.made_schedule(optimizer)
+        goes_by_loss = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         checkpoint = self._checkpoint(trained, batches, validation, optimizer, schedule)
         if training.accelerator is not None:
             prepared = training.accelerator.prepare(self.student, optimizer, schedule)
@@ -99,7 +101,7 @@ class Recovery:
             start = run.step * training.accumulate
             loss = self._step([batches[order(start + k)] for k in range(training.accumulate)])
             optimizer.step()
-            if not isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if not goes_by_loss:
                 schedule.step()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
@@ -107,7 +109,7 @@ class Recovery:
             if run.step % training.every == 0 or run.step == training.steps:
                 after = self._mean_loss(validation)
                 best = self._noted(run, trained, best, after, loss)
-                if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                if goes_by_loss:
                     schedule.step(after)
                 if checkpoint is not None:
                     checkpoint.write(run, trained, best, optimizer, schedule)
@@ -206,8 +208,8 @@ class Recovery:
         if training.checkpoint is None:
             return None
         rates = training.learning_rate, training.accumulate, str(training.autocast)
-        given = (training.optimizer and optimizer, training.schedule and schedule)
-        rules = [made_of(maker) for maker in given if maker is not None]
+        makers = (training.optimizer, optimizer), (training.schedule, schedule)
+        rules = [made_of(made) for maker, made in makers if maker is not None]
         settings = training.steps, training.every, training.seed, *rates, rules
         goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]

@@ -155,7 +155,7 @@ def read_text(path: Path) -> Iterator[str]:
             offset += len(block)
             with _named_bytes(path, offset, from_end=True):
                 text = decoder.decode(block, final=not block)
-            yield newlines.decode(text, final=not block).replace("\ufeff", "").replace("\0", "")
+            yield _clean(newlines.decode(text, final=not block))
 
 
 @contextmanager
@@ -254,12 +254,18 @@ def _place(texts: str | Path, start: int, size: int) -> str:
     return place[place.find(" ", 0, WORD_CHARACTERS) + 1 :] if start else place
 
 
+def _blocks(texts: str | Path) -> Iterator[str]:
+    """The corpus in parts of a size, clean."""
+    if isinstance(texts, Path):
+        return read_text(texts)
+    text = _clean(texts)
+    return (text[start : start + READ_BYTES] for start in range(0, len(text), READ_BYTES))
+
+
 def _pieces(texts: str | Path) -> Iterator[str]:
     """The corpus in pieces that end with a line, where lines are not endless."""
-    text = "" if isinstance(texts, Path) else _clean(texts)
-    cut = (text[start : start + READ_BYTES] for start in range(0, len(text), READ_BYTES))
     rest = ""
-    for block in read_text(texts) if isinstance(texts, Path) else cut:
+    for block in _blocks(texts):
         rest += block
         while len(rest) >= PIECE_CHARACTERS:
             end = rest.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS

@@ -17,11 +17,12 @@ import torch
 import geofx
 from geofx import compare_fits, compare_run, recipes
 from geofx.analysis import Analysis
-from geofx.cache import Cache, default_folder, digest
+from geofx.cache import Cache, default_folder
 from geofx.compare_run import compare_analysis
 from geofx.compare_subjects import reads_directions, subjects
 from geofx.comparison import Comparison, Figures, Row
 from geofx.comparison_figures import draw_chart
+from geofx.digest import digest
 from geofx.errors import ArtifactError, ConfigError
 from geofx.factorizations import GaugeFixed, Hybrid, LowRank, Monarch, TensorTrain
 from geofx.method import Form, Method

@@ -44,7 +44,7 @@ LAYERS = (
     "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry "
     "geofx.subspaces",
     "geofx.budget geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
-    "geofx.strict_json geofx.record_file geofx.folder",
+    "geofx.strict_json geofx.record_file geofx.folder geofx.digest",
     "geofx.errors",
 )
 """Top to bottom; a module may import its own row and those below it."""

@@ -235,6 +235,23 @@ def test_an_accelerator_places_and_runs_it(decoder: OptimizedModel) -> None:
         torch.testing.assert_close(part, factors_of(alone)[name], rtol=1e-5, atol=1e-6)
 
 
+def test_an_accelerated_schedule_that_goes_by_the_loss_is_told_it(decoder: OptimizedModel) -> None:
+    alone = decoder.recover(batches("llama", 4), schedule=by_metric, **SETTINGS)
+    accelerator = accelerate.Accelerator(cpu=True)
+    other = decoder.recover(batches("llama", 4), schedule=by_metric, accelerator=accelerator, **SETTINGS)
+    for one, same in zip(other.report.recovery, alone.report.recovery, strict=True):
+        assert one["validation"] == pytest.approx(same["validation"], rel=1e-4)
+
+
+def test_row_62_rows_that_are_trained_and_measured_on_are_told(
+    decoder: OptimizedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches("llama", 4)
+    rows = len(data[0]["input_ids"])
+    decoder.recover(data, holdout=[data[0]], steps=1)
+    assert f"{rows} held-out rows are calibration data too" in caplog.text
+
+
 def test_espace_trains_the_weight_whole_under_a_static_projection() -> None:
     """The projection stays, and W P moves as W did: Adam's steps on W, of which P is taken at the end."""
     before = compressed("llama", 0.3, formats="activation_subspace")

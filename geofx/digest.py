@@ -1,0 +1,23 @@
+"""What tells data of one content from others: one hash over values and tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over JSON values and tensors."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+        found.update(b"\0")
+    return found.hexdigest()

@@ -1,0 +1,39 @@
+"""Stages: what is timed, and what another stage holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from geofx.stages import Stages
+
+
+def names(stages: Stages) -> list[str]:
+    return [stage.name for stage in stages.done]
+
+
+def test_a_stage_that_is_run_again_forgets_what_followed_it() -> None:
+    stages = Stages()
+    for name in ("plan", "fit", "verify", "fit"):
+        with stages(name):
+            pass
+    assert names(stages) == ["plan", "fit"]
+
+
+def test_a_stage_within_another_is_a_part_of_it() -> None:
+    stages = Stages()
+    with stages("fit"):
+        pass
+    with stages("compare"):
+        with stages("fit"):
+            pass
+        assert names(stages) == ["fit"]
+    assert names(stages) == ["fit", "compare"]
+
+
+def test_a_stage_that_fails_is_not_recorded_and_the_next_one_is() -> None:
+    stages = Stages()
+    with pytest.raises(ValueError, match="no"), stages("fit"):
+        raise ValueError("no")
+    with stages("verify"):
+        pass
+    assert names(stages) == ["verify"]
