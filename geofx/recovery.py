@@ -82,6 +82,9 @@ class Recovery:
         if device is not None:
             self.student.to(device)
         before = self._mean_loss(validation)
+        if not math.isfinite(before):
+            fix = "recover a result whose outputs are finite on the validation data"
+            raise NumericsError("the loss is not finite before training", where="recover", fix=fix)
         optimizer = training.made_optimizer(list(trained.values()), before)
         schedule: Any = training.made_schedule(optimizer)
         goes_by_loss = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)

@@ -16,7 +16,7 @@ import geofx
 from geofx import Budget, OptimizedModel
 from geofx.cache import Cache
 from geofx.checkpoint import Checkpoint, Progressed
-from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError
+from geofx.errors import ArtifactMismatchError, CalibrationError, ConfigError, NumericsError
 from geofx.factorizations import Factored
 from geofx.program import flat_tensors
 from geofx.report import Report
@@ -89,6 +89,12 @@ def test_a_ruinous_learning_rate_gives_back_what_there_was(decoder: OptimizedMod
     after = decoder.recover(batches("llama", 4), steps=6, learning_rate=3.0, every=2)
     assert Report.from_json(after.report.to_json()) == after.report
     assert all(torch.equal(part, factors_of(decoder)[name]) for name, part in factors_of(after).items())
+
+
+def test_a_start_that_is_not_finite_is_an_error() -> None:
+    huge = {name: value * 1e38 for name, value in batches("mlp")[0].items()}
+    with pytest.raises(NumericsError, match="before training"):
+        compressed("mlp").recover(batches("mlp"), validation=[huge], **SETTINGS)
 
 
 def test_steps_in_bfloat16_move_factors_that_stay_float32(decoder: OptimizedModel) -> None:
