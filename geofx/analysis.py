@@ -35,7 +35,7 @@ from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.count_flops import count_flops
 from geofx.passes.lower import Lower
-from geofx.patterns import matching
+from geofx.patterns import Patterns, matching
 from geofx.plan import Plan
 from geofx.planner import choose
 from geofx.program import Program, flat_tensors
@@ -99,8 +99,8 @@ class Analysis:
         self,
         budget: Budget,
         *,
-        include: Iterable[str] | str | None = None,
-        ignore: Iterable[str] | str = (),
+        include: Patterns | None = None,
+        ignore: Patterns = (),
         formats: Iterable[str | type[Factorization]] | str | type[Factorization] | None = None,
         refused: Mapping[tuple[str, str], str] | None = None,
     ) -> Plan:
@@ -226,18 +226,17 @@ class Analysis:
         """``plan`` with its losses scaled to what it loses on `validation`, as all plans are from here on.
 
         tr(G ΔW A ΔWᵀ) leaves out how tokens and layers hang together, and what moments of few tokens do not
-        show: one constant per model, which varies little with the size. Where the loss does not rise, it
-        stays as it is.
+        show: one constant per model, which varies little with the size. Where the loss does not rise it says
+        nothing of others, and this plan loses nothing.
         """
         if not self.validation or not plan.loss:
             return plan
         program = self.lower(plan, rewrites)
         with self.stages("probe"):
             lost = self.loss_of(program)
-        if lost <= 0.0:
-            return plan
-        self.loss_ratio *= lost / plan.loss
-        return plan.scaled_to(lost)
+        if lost > 0.0:
+            self.loss_ratio *= lost / plan.loss
+        return plan.scaled_to(max(0.0, lost))
 
     def loss_of(self, program: Program) -> float:
         """What ``program`` loses on the validation batches."""
@@ -288,7 +287,7 @@ class Analysis:
             choices.append(replace(choice, factorization=fitted, loss=loss))
         return replace(plan, choices=tuple(choices), loss=math.fsum(choice.loss or 0.0 for choice in choices))
 
-    def allowed(self, include: Iterable[str] | str, ignore: Iterable[str] | str) -> set[str]:
+    def allowed(self, include: Patterns, ignore: Patterns) -> set[str]:
         """Names of the weights that patterns let through; a tied weight goes by each of its names."""
         aliases = self.original.aliases
         weights = dict.fromkeys(name for region in self.regions.values() for name in region.weights)

@@ -17,19 +17,26 @@ from geofx.annotations import SITE
 from geofx.batches import Batch, split, spread, warn_of_shared_rows
 from geofx.budget import Budget
 from geofx.effort import Effort, Level, effort_named, loss_on
-from geofx.errors import ArtifactMismatchError, BudgetInfeasibleError, CalibrationError, ConfigError
+from geofx.errors import (
+    ArtifactMismatchError,
+    BudgetInfeasibleError,
+    CalibrationError,
+    ConfigError,
+    NumericsError,
+    ResourceError,
+)
 from geofx.generated_text import generated_text
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments, pooled
 from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
-from geofx.optimization import Patterns, optimize_analysis
+from geofx.optimization import optimize_analysis
 from geofx.passes.analyse import Analyse, analyse
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
 from geofx.passes.find_regions import find_regions
 from geofx.passes.find_sites import FindSites, find_sites, sites_of
-from geofx.patterns import matching
+from geofx.patterns import Patterns, matching
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import OWN
@@ -74,7 +81,7 @@ def analyze(
             comparable across sites in nats; ``"data_free"`` neither, from the weights alone.
         holdout: batches or text to verify on; by default the last eighth of the calibration batches.
         example: inputs to trace with; by default the first calibration batch.
-        seed: of the noise that squared error is sampled with.
+        seed: of all that is drawn: the noise that squared error is sampled with, text that is written.
         directions: also take the moments of inputs scaled to norm 1, for ESPACE's normalised criteria.
         effort: what is done beyond one pass over the calibration data, at what cost: `geofx.effort`.
 
@@ -131,11 +138,13 @@ def _probe(analysis: Analysis) -> None:
     with analysis.stages("probe predictions"):
         try:
             plan = analysis.plan(Budget(parameters=PROBE_RATIO, scope="factorizable"))
+            rewrites, failures = analysis.fit(plan)
+            if not failures:
+                analysis.probe(plan, rewrites)
         except BudgetInfeasibleError:
-            return
-        rewrites, failures = analysis.fit(plan)
-        if not failures:
-            analysis.probe(plan, rewrites)
+            logger.info("predictions are not probed: no plan keeps %.3g", PROBE_RATIO)
+        except (NumericsError, ResourceError) as error:
+            logger.warning("predictions are not probed: %s", error)
 
 
 @dataclass(frozen=True)

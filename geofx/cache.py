@@ -66,19 +66,20 @@ class Cache:
 
     def read_tensors(self, key: str) -> dict[str, Tensor] | None:
         """The tensors at ``key``, or None where they were dropped or are damaged."""
-        entry, file = self._entry(key), self._tensors(key)
-        if entry is None or entry["tensors"] is None or not file.exists():
+        entry = self._entry(key)
+        file = None if entry is None or entry["tensors"] is None else self._tensors(key, entry["sha256"])
+        if entry is None or file is None or not file.exists():
             return None
         try:
             if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
                 raise ValueError("its hash is another")
             return read_tensors(file, entry["tensors"])
         except (OSError, ValueError, GeofxError) as error:
-            logger.warning("cached factors are computed again: %s", error)
+            logger.warning("kept tensors are damaged, and made again: %s", error)
             return None
 
     def write(self, key: str, value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Put a JSON value, and tensors, at ``key``.
+        """Put a JSON value, and tensors, at ``key``; what stands there is whole until all is written.
 
         Raises:
             ArtifactError: the cache cannot be written.
@@ -87,15 +88,18 @@ class Cache:
             entry: dict[str, Any] = {"value": value, "tensors": None, "sha256": ""}
             if tensors is not None:
                 ready = storable(tensors)
-                with self._replaced(self._tensors(key)) as file:
-                    write_tensors(file, ready)
-                    entry |= {
-                        "tensors": describe(ready),
-                        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                    }
+                scratch = self.folder / f"{key}.{os.getpid()}.tmp"
+                try:
+                    write_tensors(scratch, ready)
+                    found = hashlib.sha256(scratch.read_bytes()).hexdigest()
+                    scratch.replace(self._tensors(key, found))
+                finally:
+                    scratch.unlink(missing_ok=True)
+                entry |= {"tensors": describe(ready), "sha256": found}
             text = strict_json.dumps({"entry": entry, "sha256": digest(entry)})
             with self._replaced(self._json(key)) as file:
                 file.write_text(text, encoding="utf-8")
+            self._drop_tensors(key, but=str(entry["sha256"]))
         except OSError as error:
             what = f"the cache cannot be written: {error.strerror}"
             raise ArtifactError(
@@ -105,7 +109,12 @@ class Cache:
     def drop_tensors(self, keys: Iterable[str]) -> None:
         """Forget the tensors at ``keys``; their values stay."""
         for key in keys:
-            self._tensors(key).unlink(missing_ok=True)
+            self._drop_tensors(key)
+
+    def _drop_tensors(self, key: str, but: str = "") -> None:
+        for file in self.folder.glob(f"{key}.*.safetensors"):
+            if not but or file != self._tensors(key, but):
+                file.unlink(missing_ok=True)
 
     def _entry(self, key: str) -> dict[str, Any] | None:
         try:
@@ -123,8 +132,8 @@ class Cache:
     def _json(self, key: str) -> Path:
         return self.folder / f"{key}.json"
 
-    def _tensors(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+    def _tensors(self, key: str, content: str) -> Path:
+        return self.folder / f"{key}.{content[:16]}.safetensors"
 
     @contextmanager
     def _replaced(self, target: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,6 +110,29 @@ def made_of(maker: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler)
         ]
         return [type(maker).__name__, _plain(groups, "optimizer")]
     return [type(maker).__name__, _plain(maker.state_dict(), "schedule")]
+
+
+def rates_of(
+    make: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, steps: int
+) -> Any:
+    """The learning rates of the first ``steps`` of a schedule of its own; none where they go by a metric.
+
+    A schedule keeps its functions to itself, so that only what it does tells it from another.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [nn.Parameter(torch.zeros(1))], "lr": group.get("initial_lr", group["lr"])}
+        for group in optimizer.param_groups
+    ]
+    with_betas = "betas" in optimizer.defaults
+    stand_in = torch.optim.AdamW(groups) if with_betas else torch.optim.SGD(groups, momentum=0.9)
+    schedule, found = make(stand_in), []
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return found
+    for _ in range(steps):
+        found.append(schedule.get_last_lr())
+        stand_in.step()
+        schedule.step()
+    return _plain(found, "schedule")
 
 
 def _like(known: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ import typer
 from geofx import cli_options as options
 from geofx.cli_analysis import Wanted, check_held_out, check_written, kept_or_new
 from geofx.cli_console import show, show_json, working
-from geofx.frontier_run import frontier_of
+from geofx.frontier_run import frontier_of, require_measurable
 from geofx.frontier_views import draw_frontier, frontier_table
 from geofx.sources import load_source
 
@@ -56,6 +56,7 @@ def frontier(
     options.check_data(text, data, holdout, needed=mode != "data_free" and kept is None)
     if measured:
         check_held_out(kept, wanted, "measure")
+        require_measurable(mode if kept is None else kept.mode)
     with working() as progress:
         with progress.step("load"):
             source = load_source(model)

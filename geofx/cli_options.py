@@ -62,7 +62,7 @@ Effort = Annotated[
         "best, about 6 times: it writes twice as much, and optimize refines the factors."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of what the analysis draws.")]
 Size = Annotated[
     str | None, typer.Option(metavar="AMOUNT", help="Bytes: a share (0.8, 80%) or 120MB, 350MiB.")
 ]

@@ -63,6 +63,7 @@ class Comparable(Protocol):
     holdout: list[Batch]
     module: Any
     model_hash: str
+    loss_ratio: float
     progress: Progress
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
@@ -202,6 +203,7 @@ class _Run:
         if figures is None or not set(self.engines) <= figures.tried:
             figures, failed = self._rewritten(taken, fits, saved, scope)
             self.cache.write(key, finite(asdict(figures)))
+        figures = replace(figures, predicted_loss=figures.predicted_loss * self.analysis.loss_ratio)
         untimed = {**figures.untimed, **failed, **self.missing}
         return replace(
             row,

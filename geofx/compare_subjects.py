@@ -15,7 +15,7 @@ from geofx.recipes import EMBEDDINGS, Recipe
 from geofx.region import TABLES, RegionKind
 from geofx.region_analysis import RegionAnalysis
 
-TOGETHER: tuple[RegionKind, ...] = ("shared_input", "gated_mlp", "value_output", "stack")
+TOGETHER: tuple[RegionKind, ...] = ("shared_input", "gated_mlp", "stack")
 Names = Iterable[str | type[Factorization]] | Literal["all", "none"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,18 +10,19 @@ from typing import Any, Protocol
 
 from geofx.batches import Batch
 from geofx.budget import Budget, Scope
-from geofx.errors import BudgetInfeasibleError, ConfigError
+from geofx.errors import BudgetInfeasibleError, ConfigError, NumericsError
 from geofx.frontier import Axis, Frontier, Point
 from geofx.model import OptimizedModel
-from geofx.moments import Moments
+from geofx.moments import UNITS, Mode, Moments
+from geofx.patterns import Patterns
 from geofx.plan import Plan
 from geofx.progress import Progress
+from geofx.verify import Fidelity
+
+logger = logging.getLogger(__name__)
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 """Of the frontier, where none are given."""
-
-
-Patterns = Iterable[str] | str
 
 
 class Plannable(Protocol):
@@ -81,12 +83,8 @@ def frontier_of(
     held = _checked(measured)
     if held and not analysis.holdout:
         raise ConfigError("there is no held-out data to measure on", fix="analyze with holdout=")
-    if held and analysis.moments.mode != "two_sided":
-        raise ConfigError(
-            f"predictions are in {analysis.moments.unit}, not in what is measured",
-            where=f"mode={analysis.moments.mode!r}",
-            fix="measure nothing, or analyze with mode='two_sided'",
-        )
+    if held:
+        require_measurable(analysis.moments.mode)
     every = sorted({*wanted, *held}, reverse=True)
     if not every:
         raise ConfigError("no share is given", fix="give shares such as 0.8")
@@ -107,12 +105,31 @@ def frontier_of(
         analysis.progress("frontier", len(plans), len(every))
     tokens, points = 0, []
     for share, plan in plans:
-        fidelity = analysis.apply(plan).fidelity if share in held else None
+        fidelity = _measured(analysis, plan) if share in held else None
         tokens = max(tokens, fidelity.tokens if fidelity else 0)
         points.append(Point.of(plan, share, axis, fidelity))
     moments = analysis.moments
     found = Frontier(axis, scope, plans[0][1].dense, moments.unit, tuple(points), name)
     return replace(found, calibration_tokens=max(moments.tokens.values(), default=0), tokens=tokens)
+
+
+def require_measurable(mode: Mode) -> None:
+    """Raises ConfigError where what is predicted is not in the unit of what is measured."""
+    if mode != "two_sided":
+        raise ConfigError(
+            f"predictions are in {UNITS[mode]}, not in what is measured",
+            where=f"mode={mode!r}",
+            fix="measure nothing, or analyze with mode='two_sided'",
+        )
+
+
+def _measured(analysis: Plannable, plan: Plan) -> Fidelity | None:
+    """None, with a warning, where the model cannot be made: the other points are worth having."""
+    try:
+        return analysis.apply(plan).fidelity
+    except NumericsError as error:
+        logger.warning("a point is not measured: %s", error)
+        return None
 
 
 def _checked(shares: Iterable[float]) -> tuple[float, ...]:

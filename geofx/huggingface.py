@@ -111,6 +111,10 @@ class GeofxQuantizer(HfQuantizer):
             *(rf"^{guard}$" for guard in _guards(described)),
         }
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model.is_quantized = False  # factors are cast like other parameters
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save, the guard among them."""
         guards = {name: torch.zeros(0) for name in _guards(self.quantization_config.described)}
@@ -139,7 +143,7 @@ def attach(model: Any) -> None:
     config = GeofxConfig(**described.model_dump(mode="json"))
     model.config.quantization_config = config
     model.hf_quantizer = GeofxQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
+    model.is_quantized = False  # factors are cast like other parameters
     model.quantization_method = METHOD
     declare_ties(model, described.ties)
 

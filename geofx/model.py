@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from geofx import artifact
 from geofx.batches import Batch, inputs_of, split, warn_of_shared_rows
@@ -27,7 +28,7 @@ from geofx.progress import Progress, log_progress
 from geofx.recovery import Recovery
 from geofx.report import Report
 from geofx.text import batches_of, longest_sequence
-from geofx.trace import trace
+from geofx.trace import constants_of, trace
 from geofx.training import Training
 from geofx.verify import VALIDATION, Fidelity, verify
 
@@ -153,7 +154,8 @@ class OptimizedModel:
             CalibrationError: the data cannot be used.
             NumericsError: the loss is no longer finite.
         """
-        settings, original = Training.of(training), self._original(teacher)
+        settings, original = Training.of(training), self._original(teacher).on_cpu()
+        here = replace(self, program=self.program.on_cpu())
         names, longest = self.program.input_names, longest_sequence(self.config)
         batches = batches_of(data, tokenizer, names, "training data", longest)
         unseen = batches_of(validation, tokenizer, names, "validation data", longest)
@@ -162,19 +164,19 @@ class OptimizedModel:
         batches, unseen = (batches, unseen) if unseen else split(batches)
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
         warn_of_shared_rows(batches, held)
-        objective, student = choose_objective(original, batches[0], loss), _trainable(self)
+        objective, student = choose_objective(original, batches[0], loss), _trainable(here)
         recovery = Recovery(
             student=student,
             teacher=teacher or self.module or original,
             objective=objective,
             training=settings,
-            inputs=lambda batch: inputs_of(original, batch),
+            inputs=lambda model, batch: {**_constants(model, batch), **inputs_of(original, batch)},
             rewrites=self.rewrites,
             whole=dict(original.tensors()),
             progress=progress,
         )
         run = recovery.run(batches, unseen)
-        result = _with_parameters(self, student.cpu())
+        result = _with_parameters(here, student.cpu())
         mae = parameter_mae(ParameterSpace.of(original), result.parameter_space(original))
         fidelity = verify(original, result.program, held or unseen, objective, mae, progress)
         if not held:
@@ -230,15 +232,25 @@ class OptimizedModel:
         return to_torchscript(module, program.example, Path(path), dynamic_shapes=program.dynamic_shapes)
 
     def _original(self, given: nn.Module | Program | None) -> Program:
-        known = given or self.original or self.module
+        known = self.original if given is None or given is self.module else given
+        known = known or self.module
         if known is None:
             raise ConfigError(
                 "the original parameters are not known here", fix="geofx.load(path, module=your_model)"
             )
-        return known if isinstance(known, Program) else trace(known, dict(self.program.example))
+        if isinstance(known, Program):
+            return known
+        moved = any(part.device.type != "cpu" for part in (*known.parameters(), *known.buffers()))
+        return trace(copy.deepcopy(known).cpu() if moved else known, dict(self.program.example))
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError("geofx never pickles", fix="use save() and geofx.load()")
+
+
+def _constants(model: Any, batch: Batch) -> dict[str, Any]:
+    """What a module takes besides tensors, which a traced graph has inside."""
+    is_graph = isinstance(model, fx.GraphModule) or not isinstance(model, nn.Module)
+    return {} if is_graph else constants_of(model, batch)
 
 
 def _trainable(result: OptimizedModel) -> nn.Module:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 
 from geofx.analysis import Analysis, Rewrites
 from geofx.budget import Budget
 from geofx.choice import SolverReport
-from geofx.errors import NumericsError
+from geofx.errors import BudgetInfeasibleError, NumericsError
+from geofx.factorizations import Factorization
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
+from geofx.patterns import Patterns
 from geofx.plan import Plan
 from geofx.training import native_autocast
 from geofx.uniform import uniform_plan
 
 logger = logging.getLogger(__name__)
-
-Patterns = Iterable[str] | str
 
 REPLANS = 8
 """How often `optimize` plans anew without the settings that could not be fitted."""
@@ -43,13 +43,12 @@ def optimize_analysis(
     Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
     is planned for anew with it, and one share of every matrix is taken instead where that loses less.
     """
-    plan, rewrites = _nearest(analysis, budget, include, ignore)
-    if analysis.validation and rewrites:
-        plan, rewrites = _or_uniform(analysis, plan, rewrites, include, ignore)
-    if analysis.calibration and rewrites:
-        result = refined(analysis, analysis.finish(plan, rewrites, holdout=[]))
-    else:
-        result = analysis.finish(plan, rewrites)
+    with analysis.stages("choose") if analysis.validation else nullcontext():
+        plan, rewrites = _nearest(analysis, budget, include, ignore)
+        if analysis.validation and rewrites:
+            plan, rewrites = _or_uniform(analysis, plan, rewrites, include, ignore)
+    result = refined(analysis, plan, rewrites) if analysis.calibration and rewrites else None
+    result = result or analysis.finish(plan, rewrites)
     lost = result.plan.loss or 0.0
     if budget.loss is not None and lost > budget.loss:
         logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", budget.loss, lost)
@@ -61,14 +60,26 @@ def _nearest(
 ) -> tuple[Plan, Rewrites]:
     """The plan that loses most within a budget of the loss, else the one that exceeds it least."""
     limit = math.inf if budget.loss is None else budget.loss
-    found: list[tuple[Plan, Rewrites]] = []
-    for _ in range(PROBES if analysis.validation and budget.loss is not None else 1):
-        plan, rewrites = _fitted(analysis, budget, include, ignore)
-        found.append((analysis.probe(plan, rewrites), rewrites))
-        found = [min(found, key=lambda pair: _distance(pair[0], limit))]
-        if NEAR_RATIO * limit <= (found[0][0].loss or 0.0) <= limit:
+    plan, rewrites = _fitted(analysis, budget, include, ignore)
+    best = analysis.probe(plan, rewrites), rewrites
+    for _ in range(PROBES - 1 if analysis.validation and budget.loss is not None else 0):
+        if NEAR_RATIO * limit <= (best[0].loss or 0.0) <= limit:
             break
-    return found[0]
+        before = _forms(plan)
+        try:
+            plan, rewrites = _fitted(analysis, budget, include, ignore)
+        except BudgetInfeasibleError:  # as far as is known by now
+            break
+        if _forms(plan) == before:
+            break
+        best = min(
+            best, (analysis.probe(plan, rewrites), rewrites), key=lambda pair: _distance(pair[0], limit)
+        )
+    return best
+
+
+def _forms(plan: Plan) -> dict[str, Factorization]:
+    return {choice.region: choice.factorization for choice in plan.choices}
 
 
 def _distance(plan: Plan, limit: float) -> tuple[bool, float]:
@@ -86,11 +97,14 @@ def _or_uniform(
     same = uniform_plan(plan, regions)
     if same is None:
         return plan, rewrites
-    with analysis.stages("compare with the uniform plan"):
-        simple, failures = analysis.fit(same)
-        if failures:
-            return plan, rewrites
+    simple, failures = analysis.fit(same)
+    if failures:
+        return plan, rewrites
+    try:
         lost = analysis.loss_of(analysis.lower(same, simple))
+    except NumericsError as error:
+        logger.warning("the same share of every matrix cannot be measured: %s", error)
+        return plan, rewrites
     if plan.loss is None or lost >= plan.loss:
         return plan, rewrites
     logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, plan.loss)
@@ -98,26 +112,32 @@ def _or_uniform(
     return same.scaled_to(max(0.0, lost)), simple
 
 
-def refined(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
-    """``result`` after a short recovery on the batches that it was calibrated on.
+def refined(analysis: Analysis, plan: Plan, rewrites: Rewrites) -> OptimizedModel | None:
+    """The result of a fitted plan after a short recovery on the batches that it was calibrated on.
 
-    The best state on the validation batches is kept, so it is never worse there; the plan's loss is what it
-    then loses on them.
+    What it then loses on the validation batches is the plan's loss; None where that is not less than before.
     """
-    objective = analysis.objective
+    objective, result = analysis.objective, analysis.finish(plan, rewrites, holdout=[])
     device = next(part.device for _, part in analysis.original.tensors())
     with analysis.stages("refine"):
-        result = result.recover(
-            analysis.calibration,
-            validation=analysis.validation,
-            holdout=analysis.holdout or None,
-            loss=objective.function if isinstance(objective, Custom) else None,
-            progress=analysis.progress,
-            steps=STEPS,
-            every=STEPS // 4,
-            autocast=native_autocast(device),
-        )
-        lost = analysis.loss_of(result.program)
+        try:
+            result = result.recover(
+                analysis.calibration,
+                validation=analysis.validation,
+                holdout=analysis.holdout or None,
+                loss=objective.function if isinstance(objective, Custom) else None,
+                progress=analysis.progress,
+                steps=STEPS,
+                every=STEPS // 4,
+                autocast=native_autocast(device),
+            )
+            lost = analysis.loss_of(result.program)
+        except NumericsError as error:
+            logger.warning("the factors are not refined: %s", error)
+            return None
+    if plan.loss is not None and lost >= plan.loss:
+        logger.warning("refined, the model loses %.3g on validation data, before %.3g", lost, plan.loss)
+        return None
     plan = result.plan.scaled_to(max(0.0, lost))
     losses = {choice.region: choice.loss for choice in plan.choices}
     report = replace(

@@ -12,6 +12,8 @@ from typing import Any
 
 from geofx.errors import ConfigError
 
+Patterns = Iterable[str] | str
+
 MAX_LENGTH = 200
 MAX_REPEATS = 4
 MAX_BRANCHES = 8
@@ -24,8 +26,8 @@ _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_
 
 def matching(
     names: Iterable[str],
-    include: Iterable[str] | str = (),
-    ignore: Iterable[str] | str = (),
+    include: Patterns = (),
+    ignore: Patterns = (),
 ) -> tuple[str, ...]:
     """{n in names: (no include, or some include matches n) and no ignore matches n}, in order.
 

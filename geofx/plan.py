@@ -173,9 +173,17 @@ class Plan:
         return cls.from_json(text)
 
     def scaled_to(self, loss: float) -> Plan:
-        """This plan with the losses of its choices scaled so that they add up to ``loss``."""
-        change = loss / self.loss if self.loss else 1.0
-        choices = tuple(replace(item, loss=item.loss and item.loss * change) for item in self.choices)
+        """This plan with the losses of its choices scaled so that they add up to ``loss``.
+
+        Where they are all 0, those that are rewritten lose alike.
+        """
+        alike = loss / max(1, len(self.rewritten))
+        choices = tuple(
+            item
+            if item.is_dense
+            else replace(item, loss=(item.loss or 0.0) * loss / self.loss if self.loss else alike)
+            for item in self.choices
+        )
         return replace(self, choices=choices, loss=loss)
 
     def edit(self, changes: Mapping[str, Factorization], regions: Iterable[Region] = ()) -> Plan:

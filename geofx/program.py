@@ -127,6 +127,16 @@ class Program:
             new.meta = dict(old.meta)
         return replace(self, graph_module=module)
 
+    def on_cpu(self) -> Program:
+        """This program, or a clone where parameters have left the CPU with the model that shares them."""
+        moved = [(name, tensor) for name, tensor in self.tensors() if tensor.device.type != "cpu"]
+        if not moved:
+            return self
+        clone = self.clone()
+        for name, tensor in moved:
+            clone.set_tensor(name, tensor.detach().cpu(), trainable=tensor.requires_grad)
+        return clone
+
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
         """Buffers that the graph writes to are put back bit for bit, also on failure."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from geofx.batches import Batch
 from geofx.cache import Cache
-from geofx.checkpoint import Checkpoint, Progressed, Tensors, made_of
+from geofx.checkpoint import Checkpoint, Progressed, Tensors, made_of, rates_of
 from geofx.digest import digest
 from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import Factored, Factorization, Factors, Unfolding
@@ -43,7 +43,7 @@ class Recovery:
     Attributes:
         student: the rewritten model; its factors are changed in place.
         teacher: the original; a module is run in evaluation mode, without dropout.
-        inputs: a batch -> the arguments of both.
+        inputs: the student or the teacher, and a batch -> its arguments.
         whole: the original's tensors by name; projections train their weights whole, checkpoints go by all.
     """
 
@@ -51,7 +51,7 @@ class Recovery:
     teacher: Model
     objective: Objective
     training: Training
-    inputs: Callable[[Batch], Batch]
+    inputs: Callable[[Model, Batch], Batch]
     rewrites: Mapping[str, Factored]
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     progress: Progress = log_progress
@@ -79,8 +79,7 @@ class Recovery:
     ) -> Progressed:
         training = self.training
         device = training.device if training.accelerator is None else training.accelerator.device
-        if device is not None:
-            self.student.to(device)
+        self.student.to(device or next(self.student.parameters()).device)
         before = self._mean_loss(validation)
         if not math.isfinite(before):
             fix = "recover a result whose outputs are finite on the validation data"
@@ -137,11 +136,11 @@ class Recovery:
         return total
 
     def _loss(self, batch: Batch) -> Tensor:
-        device, asked = next(self.student.parameters()).device, self.inputs(batch)
+        device, here = next(self.student.parameters()).device, self._teacher_device
         with torch.no_grad():
-            wanted = _on(device, self.teacher(**_on(self._teacher_device, asked)))
-        given, here = _on(device, asked), _on(device, batch)
-        distance, terms = self.objective.distance(wanted, self._forward(**given), {**here, **given})
+            wanted = _on(device, self.teacher(**_on(here, self.inputs(self.teacher, batch))))
+        given, batch = _on(device, self.inputs(self.student, batch)), _on(device, batch)
+        distance, terms = self.objective.distance(wanted, self._forward(**given), {**batch, **given})
         return distance / max(terms, 1e-30)
 
     @torch.no_grad()
@@ -213,6 +212,8 @@ class Recovery:
         rates = training.learning_rate, training.accumulate, str(training.autocast)
         makers = (training.optimizer, optimizer), (training.schedule, schedule)
         rules = [made_of(made) for maker, made in makers if maker is not None]
+        if training.schedule is not None:
+            rules.append(rates_of(training.schedule, optimizer, training.steps))
         settings = training.steps, training.every, training.seed, *rates, rules
         goal = type(self.objective).__name__, *(part for _, part in sorted(self.whole.items()))
         data = [part for batch in (*batches, *validation) for _, part in sorted(batch.items())]

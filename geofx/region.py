@@ -7,9 +7,7 @@ from typing import Literal
 
 from geofx.site import Site
 
-RegionKind = Literal[
-    "single", "shared_input", "gated_mlp", "value_output", "stack", "embedding", "tied_embedding"
-]
+RegionKind = Literal["single", "shared_input", "gated_mlp", "stack", "embedding", "tied_embedding"]
 TABLES: frozenset[RegionKind] = frozenset({"embedding", "tied_embedding"})
 """Kinds whose weight is looked up."""
 OWN: frozenset[RegionKind] = frozenset({"single", "embedding", "tied_embedding"})

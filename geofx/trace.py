@@ -84,9 +84,7 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
             where=f"forward takes {', '.join(names)}",
             fix="pass inputs under the names of forward's arguments",
         )
-    constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-    if "use_cache" in names:
-        constants["use_cache"] = False
+    constants = constants_of(model, given)
     nested = next((name for name, value in constants.items() if flat_tensors(value)), None)
     if nested is not None:
         raise CaptureError(
@@ -96,6 +94,14 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
     rows = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
     tensors = {name: _at_least_two(value, rows) for name, value in tensors.items()}
     return _with_padding(tensors, names), constants
+
+
+def constants_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments among ``inputs`` that are no tensors, as a traced graph has inside; no cache."""
+    names = [name for name in forward_names(model) if name != "labels"]
+    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    return constants | ({"use_cache": False} if "use_cache" in names else {})
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:

@@ -74,3 +74,5 @@ def test_measuring_without_held_out_data_is_refused_before_work(
     error = capsys.readouterr().err
     assert HELD_OUT in error
     assert "another folder" in error
+    assert main([*ARGUMENTS, "--mode", "forward", "--measure", "0.9"]) == 2
+    assert "two_sided" in capsys.readouterr().err

@@ -245,6 +245,10 @@ def test_factors_fitted_again_come_with_the_form_that_they_were_fitted_in(
     assert all(torch.equal(found.factors[name], factors[name]) for name in factors)
 
 
+def _interrupted(value: object) -> str:
+    raise KeyboardInterrupt
+
+
 def test_factors_that_are_damaged_or_gone_are_fitted_again(tmp_path: Path) -> None:
     cache, key = Cache(tmp_path), digest("a key")
     cache.write(key, {"loss": 1.5}, {"left": torch.arange(6.0).reshape(2, 3), "index": torch.arange(2)})
@@ -254,6 +258,17 @@ def test_factors_that_are_damaged_or_gone_are_fitted_again(tmp_path: Path) -> No
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
     assert cache.read_tensors(key) is None
+    cache.write(key, {"loss": 2.5}, {"left": torch.ones(2)})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("geofx.cache.strict_json.dumps", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.write(key, {"loss": 3.5}, {"left": torch.zeros(2)})
+    kept = cache.read_tensors(key)
+    assert cache.read(key) == {"loss": 2.5}
+    assert kept is not None
+    assert torch.equal(kept["left"], torch.ones(2))
+    cache.write(key, {"loss": 1.5}, {"left": torch.ones(2)})
     cache.drop_tensors([key])
     assert (cache.read_tensors(key), cache.read(key)) == (None, {"loss": 1.5})
     assert cache.read(digest("another")) is None

@@ -15,7 +15,7 @@ from geofx.api import _better
 from geofx.batches import Batch
 from geofx.budget import Budget, Scope
 from geofx.effort import EFFORTS, effort_named, loss_on
-from geofx.errors import ConfigError
+from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import LowRank
 from geofx.generated_text import REPLACED_RATIO, generated_text, replaced_tokens, written_text
 from geofx.moments import Moments, pooled
@@ -252,6 +252,59 @@ def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
     assert [row["step"] for row in result.report.recovery] == [turn * STEPS // 4 for turn in range(5)]
     assert "refine" in [stage.name for stage in result.report.stages]
     assert result.program.size_bytes() == plain.predicted.bytes
+
+
+@pytest.mark.parametrize("failing", ["worse", "not finite"])
+def test_a_refinement_that_does_not_help_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
+    budget = Budget(size=0.6)
+    plain = optimize_analysis(replace(made, calibration=[]), budget)
+
+    def recovered(self: geofx.OptimizedModel, *given: object, **named: object) -> geofx.OptimizedModel:
+        if failing == "not finite":
+            raise NumericsError("the loss is not finite")
+        worse = self.program.clone()
+        name, part = next((n, p) for n, p in worse.tensors() if p.is_floating_point() and p.dim() == 2)
+        worse.set_tensor(name, part * 1.5, trainable=True)
+        return replace(self, program=worse)
+
+    monkeypatch.setattr(geofx.OptimizedModel, "recover", recovered)
+    result = optimize_analysis(made, budget)
+    assert result.fidelity == plain.fidelity
+    assert result.plan.loss == pytest.approx(plain.plan.loss)
+    assert ("not refined" if failing == "not finite" else "refined, the model loses") in caplog.text
+
+
+def test_where_the_loss_does_not_rise_the_plan_loses_nothing(
+    analysis: geofx.Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the uniform plan, whose loss does rise, cannot take its place."""
+    analysis, found = replace(analysis), iter((-0.01, 0.001))
+    monkeypatch.setattr(analysis, "loss_of", lambda program: next(found))
+    before = analysis.loss_ratio
+    result = optimize_analysis(analysis, Budget(size=0.8))
+    assert result.plan.loss == 0.0
+    assert result.plan.solver.status == "optimal"
+    assert analysis.loss_ratio == before
+    assert result.plan.scaled_to(1.0).loss == pytest.approx(1.0)
+    assert sum(choice.loss or 0.0 for choice in result.plan.scaled_to(1.0).choices) == pytest.approx(1.0)
+
+
+def test_limits_of_size_and_loss_are_planned_for_until_nothing_changes(
+    analysis: geofx.Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis, fitted = replace(analysis), list[geofx.Plan]()
+    fit = analysis.fit
+    monkeypatch.setattr(analysis, "fit", lambda plan: (fitted.append(plan), fit(plan))[1])
+    loose = optimize_analysis(analysis, Budget(size=0.8, loss=10.0))
+    assert loose.plan.loss is not None
+    assert len(fitted) <= 3
+    true = loose.plan.loss
+    monkeypatch.setattr(analysis, "loss_of", lambda program: 2 * true)
+    tight = optimize_analysis(analysis, Budget(size=0.8, loss=1.5 * true))
+    assert tight.plan.loss == pytest.approx(2 * true)
 
 
 @pytest.mark.parametrize("scope", ["model", "factorizable"])

@@ -13,7 +13,7 @@ from rich.console import Console
 import geofx
 from geofx import Budget
 from geofx.analysis import Analysis
-from geofx.errors import ArtifactCorruptError, ConfigError
+from geofx.errors import ArtifactCorruptError, ConfigError, NumericsError
 from geofx.frontier import Frontier
 from geofx.frontier_views import draw_frontier, frontier_table
 
@@ -124,6 +124,22 @@ def test_predictions_in_another_unit_are_not_set_beside_measurements() -> None:
     made = geofx.analyze(tiny_models.build("llama"), batches, mode="forward")
     with pytest.raises(ConfigError, match="two_sided"):
         made.frontier(measured=[0.9])
+
+
+def test_a_point_that_cannot_be_made_costs_no_other(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    apply = analysis.apply
+
+    def some(plan: geofx.Plan) -> geofx.OptimizedModel:
+        if plan.budget.size == 0.8:
+            raise NumericsError("no factors")
+        return apply(plan)
+
+    monkeypatch.setattr(analysis, "apply", some)
+    found = analysis.frontier(shares=[0.9], measured=[0.9, 0.8])
+    assert [point.loss_increase is None for point in found.points] == [False, True]
+    assert "no factors" in caplog.text
 
 
 def test_nothing_to_measure_on_is_said_before_any_work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -65,6 +66,9 @@ def test_it_is_the_users_class_and_generates_with_a_cache(decoder: Any, tmp_path
     assert cached.shape == (2, 20)
     assert torch.equal(cached, decoder.generate(IDS, use_cache=False, **options))
     assert torch.equal(cached, loaded.generate(IDS, **options))
+    for model in (copy.deepcopy(decoder), loaded):
+        assert {part.dtype for part in model.half().parameters()} == {torch.float16}
+        assert {part.dtype for part in model.float().parameters()} == {torch.float32}
 
 
 def test_without_geofx_loading_fails(decoder: Any, tmp_path: Path) -> None:

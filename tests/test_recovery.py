@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,18 @@ def test_a_checkpoint_of_other_settings_is_not_taken_up(decoder: OptimizedModel,
         alone = decoder.recover(batches("llama", 4), **plain, **further)
         kept = decoder.recover(batches("llama", 4), checkpoint=tmp_path, **plain, **further)
         assert kept.report.recovery == alone.report.recovery, further
+
+
+def test_schedules_that_differ_only_in_their_functions_are_told_apart(
+    decoder: OptimizedModel, tmp_path: Path
+) -> None:
+    def made(ratio: float) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, partial(pow, ratio))
+
+    data, plain = batches("llama", 4), {"steps": 4, "every": 2}
+    runs = [decoder.recover(data, checkpoint=tmp_path, schedule=made(r), **plain) for r in (0.9, 0.1)]
+    assert runs[1].report.recovery == decoder.recover(data, schedule=made(0.1), **plain).report.recovery
+    assert runs[0].report.recovery != runs[1].report.recovery
 
 
 def test_a_checkpoint_that_lacks_a_parameter_is_refused(tmp_path: Path) -> None:
@@ -372,6 +385,23 @@ def test_an_original_in_training_mode_teaches_without_its_dropout() -> None:
     assert model.training
     assert model.dropout.training
     assert found.report.recovery == expected.report.recovery
+
+
+class Scaled(Ragged):
+    """Takes an argument that is no tensor."""
+
+    def forward(self, input: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input) * scale
+
+
+def test_arguments_that_are_no_tensors_are_passed_on() -> None:
+    plain, scaled = Ragged().eval(), Scaled().eval()
+    expected, found = (
+        geofx.optimize(model, Budget(size=0.6), calibration=data).recover(data, **SETTINGS).report.recovery
+        for model, data in ((plain, batches("mlp")), (scaled, [{**x, "scale": 3.0} for x in batches("mlp")]))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one["validation"] == pytest.approx(other["validation"], rel=1e-3)
 
 
 def test_a_checkpoint_of_another_teacher_is_not_taken_up(tmp_path: Path) -> None:
