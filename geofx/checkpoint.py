@@ -125,7 +125,7 @@ def rates_of(
     ]
     with_betas = "betas" in optimizer.defaults
     stand_in = torch.optim.AdamW(groups) if with_betas else torch.optim.SGD(groups, momentum=0.9)
-    schedule, found = make(stand_in), []
+    schedule, found = make(stand_in), list[Any]()
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         return found
     for _ in range(steps):
