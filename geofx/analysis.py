@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Analysis:
         module: the user's model, or None.
         holdout_is_calibration: there was one batch only, so what is measured on it is too good.
         validation: batches that choices are made on, neither calibrated nor verified on; `geofx.effort`.
-        calibration: those that the factors are refined on after the plan, where they are.
+        calibration: beside these, the batches that the moments are of, and ``written``, the model's own.
+        refines: the factors are trained on them after the plan.
         loss_ratio: measured over predicted increase of the loss, as `probe` found it.
     """
 
@@ -88,6 +89,8 @@ class Analysis:
     holdout_is_calibration: bool = False
     validation: list[Batch] = field(default_factory=list)
     calibration: list[Batch] = field(default_factory=list)
+    written: list[Batch] = field(default_factory=list)
+    refines: bool = False
     loss_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -199,6 +202,8 @@ class Analysis:
             holdout_is_calibration=self.holdout_is_calibration,
             validation=self.validation,
             calibration=self.calibration,
+            written=self.written,
+            refines=self.refines,
             loss_ratio=self.loss_ratio,
             objective=self.objective,
         )
@@ -222,8 +227,8 @@ class Analysis:
                 self.progress("fit", done + 1, len(chosen))
         return rewrites, failures
 
-    def probe(self, plan: Plan, rewrites: Rewrites) -> Plan:
-        """``plan`` with its losses scaled to what it loses on `validation`, as all plans are from here on.
+    def probe(self, plan: Plan, rewrites: Rewrites, measure: Callable[[Program], float]) -> Plan:
+        """``plan`` with its losses scaled to what ``measure`` finds, as all plans are from here on.
 
         tr(G ΔW A ΔWᵀ) leaves out how tokens and layers hang together, and what moments of few tokens do not
         show: one constant per model, which varies little with the size. Where the loss does not rise it says
@@ -233,15 +238,36 @@ class Analysis:
             return plan
         program = self.lower(plan, rewrites)
         with self.stages("probe"):
-            lost = self.loss_of(program)
+            lost = measure(program)
         if lost > 0.0:
             self.loss_ratio *= lost / plan.loss
         return plan.scaled_to(max(0.0, lost))
 
     def loss_of(self, program: Program) -> float:
         """What ``program`` loses on the validation batches."""
-        held, progress = self.validation, self.progress
-        return verify(self.original, program, held, self.objective, progress=progress).loss_increase
+        return self._measured(program, self.validation).loss_increase
+
+    def expected_loss(self, program: Program) -> float:
+        """What ``program`` is expected to lose on data like the calibration data, none of it seen.
+
+        Of next tokens, Δ - KL = E[(true - p) log(p / q)] takes many tokens, but depends little on whether q
+        was fitted to them; the KL divergence takes few, but is larger on unseen ones. So this is the mean of
+        Δ - KL over the calibration data plus the KL on the validation batches. Elsewhere it is what is lost
+        on these.
+        """
+        unseen = self._measured(program, self.validation)
+        if unseen.kl is None:
+            return unseen.loss_increase
+        seen = self._measured(program, self.calibration)
+        return seen.loss_increase - (seen.kl or 0.0) + unseen.kl
+
+    def distance_of(self, program: Program) -> float:
+        """How far ``program`` is from the original on the validation batches: KL, or what it loses."""
+        found = self._measured(program, self.validation)
+        return found.loss_increase if found.kl is None else found.kl
+
+    def _measured(self, program: Program, batches: list[Batch]) -> Fidelity:
+        return verify(self.original, program, batches, self.objective, progress=self.progress)
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
         """The graph with the factors of a fitted plan in it.

@@ -48,6 +48,7 @@ class _Meta:
     loss_terms: int
     dropped: dict[str, int]
     holdout_is_calibration: bool
+    refines: bool
     loss_ratio: float
     constants: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
@@ -73,6 +74,8 @@ class StoredAnalysis:
     objective: Objective | None
     validation: list[Batch] = field(default_factory=list)
     calibration: list[Batch] = field(default_factory=list)
+    written: list[Batch] = field(default_factory=list)
+    refines: bool = False
     loss_ratio: float = 1.0
 
 
@@ -111,6 +114,7 @@ def save_analysis(analysis: StoredAnalysis, path: str | Path, *, overwrite: bool
         "loss_terms": moments.loss_terms,
         "dropped": dict(moments.dropped),
         "holdout_is_calibration": analysis.holdout_is_calibration,
+        "refines": analysis.refines,
         "loss_ratio": analysis.loss_ratio,
         "constants": {
             name: constant_to_json(value, name)
@@ -183,6 +187,8 @@ def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
         holdout_is_calibration=meta.holdout_is_calibration,
         validation=_batches({**stored, **constants}, "validation"),
         calibration=_batches({**stored, **constants}, "calibration"),
+        written=_batches({**stored, **constants}, "written"),
+        refines=meta.refines,
         loss_ratio=meta.loss_ratio,
         objective=kinds.get(meta.objective),
     )
@@ -210,6 +216,7 @@ def _batch_values(analysis: StoredAnalysis) -> Iterator[tuple[str, Any]]:
         "holdout": analysis.holdout,
         "validation": analysis.validation,
         "calibration": analysis.calibration,
+        "written": analysis.written,
     }
     for kind, batches in kinds.items():
         for index, batch in enumerate(batches):

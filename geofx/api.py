@@ -128,8 +128,8 @@ def analyze(
     )
     analysis.holdout_is_calibration, analysis.validation = parts.leaking, parts.validation
     if parts.validation:
+        analysis.calibration, analysis.written, analysis.refines = batches, written, level.refines
         _probe(analysis)
-    analysis.calibration = [*batches, *written] if parts.validation and level.refines else []
     return analysis
 
 
@@ -140,7 +140,7 @@ def _probe(analysis: Analysis) -> None:
             plan = analysis.plan(Budget(parameters=PROBE_RATIO, scope="factorizable"))
             rewrites, failures = analysis.fit(plan)
             if not failures:
-                analysis.probe(plan, rewrites)
+                analysis.probe(plan, rewrites, analysis.loss_of)
         except BudgetInfeasibleError:
             logger.info("predictions are not probed: no plan keeps %.3g", PROBE_RATIO)
         except (NumericsError, ResourceError) as error:
@@ -239,6 +239,7 @@ def load_analysis(
     )
     analysis.holdout_is_calibration = stored.holdout_is_calibration
     analysis.validation, analysis.calibration = stored.validation, stored.calibration
+    analysis.written, analysis.refines = stored.written, stored.refines
     analysis.loss_ratio = stored.loss_ratio
     return analysis
 

@@ -40,18 +40,21 @@ def optimize_analysis(
 ) -> OptimizedModel:
     """`optimize` from an analysis that is there already.
 
-    Where it has validation batches, the predicted loss is what the plan loses on these; a budget for the loss
-    is planned for anew with it, and one share of every matrix is taken instead where that loses less.
+    Where it has validation batches, a budget for the loss is planned for anew with the loss expected of the
+    last plan, one share of every matrix is taken instead where that loses less on them, and the predicted
+    loss is `Analysis.expected_loss` of what comes out.
     """
     with analysis.stages("choose") if analysis.validation else nullcontext():
         plan, rewrites = _nearest(analysis, budget, include, ignore)
         if analysis.validation and rewrites:
             plan, rewrites = _or_uniform(analysis, plan, rewrites, include, ignore)
-    result = refined(analysis, plan, rewrites) if analysis.calibration and rewrites else None
+    result = refined(analysis, plan, rewrites) if analysis.refines and rewrites else None
     result = result or analysis.finish(plan, rewrites)
+    if analysis.validation and rewrites:
+        result = foreseen(analysis, result)
     lost = result.plan.loss or 0.0
     if budget.loss is not None and lost > budget.loss:
-        logger.warning("no plan was measured to lose at most %.3g; the nearest loses %.3g", budget.loss, lost)
+        logger.warning("no plan is expected to lose at most %.3g; the nearest loses %.3g", budget.loss, lost)
     return result
 
 
@@ -61,8 +64,10 @@ def _nearest(
     """The plan that loses most within a budget of the loss, else the one that exceeds it least."""
     limit = math.inf if budget.loss is None else budget.loss
     plan, rewrites = _fitted(analysis, budget, include, ignore)
-    best = analysis.probe(plan, rewrites), rewrites
-    for _ in range(PROBES - 1 if analysis.validation and budget.loss is not None else 0):
+    if not analysis.validation or budget.loss is None:
+        return plan, rewrites
+    best = analysis.probe(plan, rewrites, analysis.expected_loss), rewrites
+    for _ in range(PROBES - 1):
         if NEAR_RATIO * limit <= (best[0].loss or 0.0) <= limit:
             break
         before = _forms(plan)
@@ -72,9 +77,8 @@ def _nearest(
             break
         if _forms(plan) == before:
             break
-        best = min(
-            best, (analysis.probe(plan, rewrites), rewrites), key=lambda pair: _distance(pair[0], limit)
-        )
+        probed = analysis.probe(plan, rewrites, analysis.expected_loss)
+        best = min(best, (probed, rewrites), key=lambda pair: _distance(pair[0], limit))
     return best
 
 
@@ -101,28 +105,30 @@ def _or_uniform(
     if failures:
         return plan, rewrites
     try:
-        lost = analysis.loss_of(analysis.lower(same, simple))
+        lost, before = (
+            analysis.loss_of(analysis.lower(*pair)) for pair in ((same, simple), (plan, rewrites))
+        )
     except NumericsError as error:
-        logger.warning("the same share of every matrix cannot be measured: %s", error)
+        logger.warning("the plan is not compared with the same share of every matrix: %s", error)
         return plan, rewrites
-    if plan.loss is None or lost >= plan.loss:
+    if lost >= before:
         return plan, rewrites
-    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, plan.loss)
-    same = replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform"))
-    return same.scaled_to(max(0.0, lost)), simple
+    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, before)
+    return replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform")), simple
 
 
 def refined(analysis: Analysis, plan: Plan, rewrites: Rewrites) -> OptimizedModel | None:
     """The result of a fitted plan after a short recovery on the batches that it was calibrated on.
 
-    What it then loses on the validation batches is the plan's loss; None where that is not less than before.
+    None where that brings it no nearer to the original on the validation batches.
     """
     objective, result = analysis.objective, analysis.finish(plan, rewrites, holdout=[])
     device = next(part.device for _, part in analysis.original.tensors())
     with analysis.stages("refine"):
+        before = analysis.distance_of(result.program)
         try:
             result = result.recover(
-                analysis.calibration,
+                [*analysis.calibration, *analysis.written],
                 validation=analysis.validation,
                 holdout=analysis.holdout or None,
                 loss=objective.function if isinstance(objective, Custom) else None,
@@ -131,13 +137,20 @@ def refined(analysis: Analysis, plan: Plan, rewrites: Rewrites) -> OptimizedMode
                 every=STEPS // 4,
                 autocast=native_autocast(device),
             )
-            lost = analysis.loss_of(result.program)
+            after = analysis.distance_of(result.program)
         except NumericsError as error:
             logger.warning("the factors are not refined: %s", error)
             return None
-    if plan.loss is not None and lost >= plan.loss:
-        logger.warning("refined, the model loses %.3g on validation data, before %.3g", lost, plan.loss)
-        return None
+    if after < before:
+        return result
+    logger.warning("the factors are not refined: that goes from %.3g to %.3g", before, after)
+    return None
+
+
+def foreseen(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
+    """``result`` with `Analysis.expected_loss` as the loss of its plan."""
+    with analysis.stages("predict"):
+        lost = analysis.expected_loss(result.program)
     plan = result.plan.scaled_to(max(0.0, lost))
     losses = {choice.region: choice.loss for choice in plan.choices}
     report = replace(

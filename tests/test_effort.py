@@ -209,7 +209,7 @@ def test_probing_sets_the_predicted_loss_by_the_measured(analysis: geofx.Analysi
     assert before != 1.0, "analyze has probed already"
     plan = analysis.plan(Budget(size=0.7))
     rewrites, _ = analysis.fit(plan)
-    probed = analysis.probe(plan, rewrites)
+    probed = analysis.probe(plan, rewrites, analysis.loss_of)
     program = analysis.lower(plan, rewrites)
     found = verify(analysis.original, program, analysis.validation, analysis.objective).loss_increase
     assert found > 0.0
@@ -225,6 +225,24 @@ def test_probing_sets_the_predicted_loss_by_the_measured(analysis: geofx.Analysi
     assert torch.equal(known.validation[0]["input_ids"], analysis.validation[0]["input_ids"])
 
 
+def test_of_next_tokens_the_label_part_is_taken_from_all_data() -> None:
+    made = geofx.analyze(
+        tiny_models.build("llama"), windows(6), holdout=windows(2, seed=1), effort="balanced"
+    )
+    result = optimize_analysis(made, Budget(size=0.5))
+    assert {"choose", "predict"} <= {stage.name for stage in result.report.stages}
+    program = result.program
+    seen, unseen = (
+        verify(made.original, program, part, NextToken()) for part in (made.calibration, made.validation)
+    )
+    assert seen.kl is not None
+    assert unseen.kl is not None
+    expected = seen.loss_increase + unseen.kl - seen.kl
+    assert made.expected_loss(program) == pytest.approx(expected)
+    assert made.distance_of(program) == pytest.approx(unseen.kl)
+    assert result.plan.loss == pytest.approx(max(0.0, expected))
+
+
 def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
     asked = 1e-4
     result = geofx.optimize(
@@ -237,7 +255,7 @@ def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
 
 def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
     made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
-    assert len(made.calibration) == 3 * 5
+    assert (len(made.calibration), len(made.written), made.refines) == (5, 2 * 5, True)
     budget = Budget(size=0.6)
     plain = made.plan(budget)
     rewrites, _ = made.fit(plain)
@@ -260,7 +278,7 @@ def test_a_refinement_that_does_not_help_is_not_taken(
 ) -> None:
     made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
     budget = Budget(size=0.6)
-    plain = optimize_analysis(replace(made, calibration=[]), budget)
+    plain = optimize_analysis(replace(made, refines=False), budget)
 
     def recovered(self: geofx.OptimizedModel, *given: object, **named: object) -> geofx.OptimizedModel:
         if failing == "not finite":
@@ -274,15 +292,17 @@ def test_a_refinement_that_does_not_help_is_not_taken(
     result = optimize_analysis(made, budget)
     assert result.fidelity == plain.fidelity
     assert result.plan.loss == pytest.approx(plain.plan.loss)
-    assert ("not refined" if failing == "not finite" else "refined, the model loses") in caplog.text
+    reason = "the loss is not finite" if failing == "not finite" else "that goes from"
+    assert f"the factors are not refined: {reason}" in caplog.text
 
 
 def test_where_the_loss_does_not_rise_the_plan_loses_nothing(
     analysis: geofx.Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then the uniform plan, whose loss does rise, cannot take its place."""
-    analysis, found = replace(analysis), iter((-0.01, 0.001))
+    """And the uniform plan, whose loss does rise, cannot take its place."""
+    analysis, found = replace(analysis), iter((0.001, -0.01))
     monkeypatch.setattr(analysis, "loss_of", lambda program: next(found))
+    monkeypatch.setattr(analysis, "expected_loss", lambda program: -0.01)
     before = analysis.loss_ratio
     result = optimize_analysis(analysis, Budget(size=0.8))
     assert result.plan.loss == 0.0
@@ -302,7 +322,7 @@ def test_limits_of_size_and_loss_are_planned_for_until_nothing_changes(
     assert loose.plan.loss is not None
     assert len(fitted) <= 3
     true = loose.plan.loss
-    monkeypatch.setattr(analysis, "loss_of", lambda program: 2 * true)
+    monkeypatch.setattr(analysis, "expected_loss", lambda program: 2 * true)
     tight = optimize_analysis(analysis, Budget(size=0.8, loss=1.5 * true))
     assert tight.plan.loss == pytest.approx(2 * true)
 
