@@ -41,8 +41,8 @@ def optimize_analysis(
     """`optimize` from an analysis that is there already.
 
     Where it has validation batches, a budget for the loss is planned for anew with the loss expected of the
-    last plan, one share of every matrix is taken instead where that loses less on them, and the predicted
-    loss is `Analysis.expected_loss` of what comes out.
+    last plan, one share of every matrix is taken instead where that is nearer to the original on them, and
+    the predicted loss is `Analysis.expected_loss` of what comes out.
     """
     with analysis.stages("choose") if analysis.validation else nullcontext():
         plan, rewrites = _nearest(analysis, budget, include, ignore)
@@ -95,7 +95,7 @@ def _distance(plan: Plan, limit: float) -> tuple[bool, float]:
 def _or_uniform(
     analysis: Analysis, plan: Plan, rewrites: Rewrites, include: Patterns | None, ignore: Patterns
 ) -> tuple[Plan, Rewrites]:
-    """``plan``, or one share of every matrix where that loses less on the validation batches."""
+    """``plan``, or one share of every matrix where that is nearer to the original on validation batches."""
     allowed = analysis.allowed(include or (), ignore)
     regions = [item for item in analysis.regions.values() if allowed.issuperset(item.region.weights)]
     same = uniform_plan(plan, regions)
@@ -105,15 +105,14 @@ def _or_uniform(
     if failures:
         return plan, rewrites
     try:
-        lost, before = (
-            analysis.loss_of(analysis.lower(*pair)) for pair in ((same, simple), (plan, rewrites))
-        )
+        pairs = (same, simple), (plan, rewrites)
+        after, before = (analysis.distance_of(analysis.lower(*pair)) for pair in pairs)
     except NumericsError as error:
         logger.warning("the plan is not compared with the same share of every matrix: %s", error)
         return plan, rewrites
-    if lost >= before:
+    if after >= before:
         return plan, rewrites
-    logger.warning("the same share of every matrix loses %.3g, the plan %.3g", lost, before)
+    logger.warning("the same share of every matrix is nearer to the original: %.3g, not %.3g", after, before)
     return replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform")), simple
 
 

@@ -301,7 +301,7 @@ def test_where_the_loss_does_not_rise_the_plan_loses_nothing(
 ) -> None:
     """And the uniform plan, whose loss does rise, cannot take its place."""
     analysis, found = replace(analysis), iter((0.001, -0.01))
-    monkeypatch.setattr(analysis, "loss_of", lambda program: next(found))
+    monkeypatch.setattr(analysis, "distance_of", lambda program: next(found))
     monkeypatch.setattr(analysis, "expected_loss", lambda program: -0.01)
     before = analysis.loss_ratio
     result = optimize_analysis(analysis, Budget(size=0.8))
