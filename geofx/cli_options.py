@@ -57,7 +57,7 @@ Mode = Annotated[
 Effort = Annotated[
     Level,
     typer.Option(
-        help="fast: one pass over the calibration data. balanced, about 2.5 times as long: an eighth of it "
+        help="fast: one pass over the calibration data. balanced, about 3 times as long: an eighth of it "
         "is kept to choose and to set the predicted loss on, and the model writes as much text again. "
         "best, about 6 times: it writes twice as much, and optimize refines the factors."
     ),

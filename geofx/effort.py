@@ -34,7 +34,7 @@ EFFORTS: Mapping[Level, Effort] = {
     "balanced": Effort(validated=True, rounds=1),
     "best": Effort(validated=True, rounds=2, refines=True),
 }
-"""By name. Of an optimization with ``"fast"``, ``"balanced"`` takes about 2.5 times as long, ``"best"`` 6."""
+"""By name. Of an optimization with ``"fast"``, ``"balanced"`` takes about 3 times as long, ``"best"`` 6."""
 
 
 def effort_named(level: str) -> Effort:
