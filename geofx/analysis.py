@@ -266,8 +266,8 @@ class Analysis:
         found = self._measured(program, self.validation)
         return found.loss_increase if found.kl is None else found.kl
 
-    def _measured(self, program: Program, batches: list[Batch]) -> Fidelity:
-        return verify(self.original, program, batches, self.objective, progress=self.progress)
+    def _measured(self, program: Program, batches: list[Batch], mae: float = 0.0) -> Fidelity:
+        return verify(self.original, program, batches, self.objective, mae, self.progress)
 
     def lower(self, plan: Plan, rewrites: Rewrites) -> Program:
         """The graph with the factors of a fitted plan in it.
@@ -326,7 +326,7 @@ class Analysis:
         with self.stages("verify"):
             space = ParameterSpace.of(self.original)
             mae = parameter_mae(space, space.reconstructed(program, rewrites))
-            found = verify(self.original, program, held, self.objective, mae, self.progress)
+            found = self._measured(program, held, mae)
         seen = self.holdout_is_calibration and held is self.holdout
         return replace(found, data=SEEN) if seen else found
 

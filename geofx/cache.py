@@ -88,17 +88,15 @@ class Cache:
             entry: dict[str, Any] = {"value": value, "tensors": None, "sha256": ""}
             if tensors is not None:
                 ready = storable(tensors)
-                scratch = self.folder / f"{key}.{os.getpid()}.tmp"
-                try:
+                with self._scratch(key) as scratch:
                     write_tensors(scratch, ready)
                     found = hashlib.sha256(scratch.read_bytes()).hexdigest()
                     scratch.replace(self._tensors(key, found))
-                finally:
-                    scratch.unlink(missing_ok=True)
                 entry |= {"tensors": describe(ready), "sha256": found}
             text = strict_json.dumps({"entry": entry, "sha256": digest(entry)})
-            with self._replaced(self._json(key)) as file:
-                file.write_text(text, encoding="utf-8")
+            with self._scratch(key) as scratch:
+                scratch.write_text(text, encoding="utf-8")
+                scratch.replace(self._json(key))
             self._drop_tensors(key, but=str(entry["sha256"]))
         except OSError as error:
             what = f"the cache cannot be written: {error.strerror}"
@@ -113,7 +111,7 @@ class Cache:
 
     def _drop_tensors(self, key: str, but: str = "") -> None:
         for file in self.folder.glob(f"{key}.*.safetensors"):
-            if not but or file != self._tensors(key, but):
+            if file != self._tensors(key, but):
                 file.unlink(missing_ok=True)
 
     def _entry(self, key: str) -> dict[str, Any] | None:
@@ -136,10 +134,10 @@ class Cache:
         return self.folder / f"{key}.{content[:16]}.safetensors"
 
     @contextmanager
-    def _replaced(self, target: Path) -> Iterator[Path]:
-        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    def _scratch(self, key: str) -> Iterator[Path]:
+        """A file to write aside, gone at the end unless it was moved."""
+        scratch = self.folder / f"{key}.{os.getpid()}.tmp"
         try:
             yield scratch
-            scratch.replace(target)
         finally:
             scratch.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from geofx import artifact
 from geofx.batches import Batch, inputs_of, split, warn_of_shared_rows
@@ -154,7 +154,7 @@ class OptimizedModel:
             CalibrationError: the data cannot be used.
             NumericsError: the loss is no longer finite.
         """
-        settings, original = Training.of(training), self._original(teacher).on_cpu()
+        settings, original = Training.of(training), self._original(teacher)
         here = replace(self, program=self.program.on_cpu())
         names, longest = self.program.input_names, longest_sequence(self.config)
         batches = batches_of(data, tokenizer, names, "training data", longest)
@@ -239,7 +239,7 @@ class OptimizedModel:
                 "the original parameters are not known here", fix="geofx.load(path, module=your_model)"
             )
         if isinstance(known, Program):
-            return known
+            return known.on_cpu()
         moved = any(part.device.type != "cpu" for part in (*known.parameters(), *known.buffers()))
         return trace(copy.deepcopy(known).cpu() if moved else known, dict(self.program.example))
 
@@ -249,8 +249,7 @@ class OptimizedModel:
 
 def _constants(model: Any, batch: Batch) -> dict[str, Any]:
     """What a module takes besides tensors, which a traced graph has inside."""
-    is_graph = isinstance(model, fx.GraphModule) or not isinstance(model, nn.Module)
-    return {} if is_graph else constants_of(model, batch)
+    return constants_of(model, batch) if isinstance(model, nn.Module) else {}
 
 
 def _trainable(result: OptimizedModel) -> nn.Module:

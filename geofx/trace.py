@@ -7,7 +7,7 @@ import keyword
 import linecache
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
         if len(example) > len(names):
             raise CaptureError(f"{len(example)} example inputs", where=f"forward takes {', '.join(names)}")
         example = dict(zip(names, example, strict=False))
-    given = {name: example[name] for name in names if example.get(name) is not None and name != "labels"}
+    given = _given(names, example)
     if not given:
         raise CaptureError(
             f"the example has none of the model's inputs: {', '.join(map(str, example))}",
@@ -98,10 +98,15 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], d
 
 def constants_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments among ``inputs`` that are no tensors, as a traced graph has inside; no cache."""
-    names = [name for name in forward_names(model) if name != "labels"]
-    given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    constants = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    names = forward_names(model)
+    constants = {
+        name: value for name, value in _given(names, inputs).items() if not isinstance(value, Tensor)
+    }
     return constants | ({"use_cache": False} if "use_cache" in names else {})
+
+
+def _given(names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in names if inputs.get(name) is not None and name != "labels"}
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:
