@@ -45,7 +45,7 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.stages import Stages
 from geofx.summary import summarize
-from geofx.verify import SEEN, Fidelity, verify
+from geofx.verify import SEEN, Fidelity, Reference, verify
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Analysis:
 
     def __post_init__(self) -> None:
         self.model_hash = hash_tensors(self.original.tensors())
+        self._reference = Reference(self.original)
         self.flops_per_token, self._rows_per_token = count_flops(self.program)
         self._options: dict[tuple[Formats, bool], tuple[list[Option], list[Skip]]] = {}
 
@@ -245,7 +246,7 @@ class Analysis:
 
     def loss_of(self, program: Program) -> float:
         """What ``program`` loses on the validation batches."""
-        return self._measured(program, self.validation).loss_increase
+        return self._on_validation(program).loss_increase
 
     def expected_loss(self, program: Program) -> float:
         """What ``program`` is expected to lose on data like the calibration data, none of it seen.
@@ -255,7 +256,7 @@ class Analysis:
         Δ - KL over the calibration data plus the KL on the validation batches. Elsewhere it is what is lost
         on these.
         """
-        unseen = self._measured(program, self.validation)
+        unseen = self._on_validation(program)
         if unseen.kl is None:
             return unseen.loss_increase
         seen = self._measured(program, self.calibration)
@@ -263,8 +264,11 @@ class Analysis:
 
     def distance_of(self, program: Program) -> float:
         """How far ``program`` is from the original on the validation batches: KL, or what it loses."""
-        found = self._measured(program, self.validation)
+        found = self._on_validation(program)
         return found.loss_increase if found.kl is None else found.kl
+
+    def _on_validation(self, program: Program) -> Fidelity:
+        return verify(self._reference, program, self.validation, self.objective, progress=self.progress)
 
     def _measured(self, program: Program, batches: list[Batch], mae: float = 0.0) -> Fidelity:
         return verify(self.original, program, batches, self.objective, mae, self.progress)

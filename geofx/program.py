@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx
@@ -18,6 +18,9 @@ from geofx.annotations import annotations_of
 from geofx.errors import CaptureError, ConfigError
 
 logger = logging.getLogger(__name__)
+
+OUTPUTS_LIMIT = 2 * 2**30
+"""Bytes of outputs that are kept lest they be computed again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +186,26 @@ class Program:
             )
             result.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
         return result
+
+
+@dataclass(eq=False)
+class Remembered:
+    """What ``run`` gives on batches that were asked for before, up to ``limit`` bytes of tensors."""
+
+    run: Callable[[Any], Any]
+    limit: int = OUTPUTS_LIMIT
+    _known: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __call__(self, batch: Any) -> Any:
+        """The outputs on a batch, which is told by identity."""
+        if id(batch) in self._known:
+            return self._known[id(batch)][1]
+        outputs = self.run(batch)
+        size = sum(tensor.nbytes for tensor in flat_tensors(outputs))
+        if size <= self.limit:
+            self.limit -= size
+            self._known[id(batch)] = batch, outputs
+        return outputs
 
 
 def flat_tensors(value: Any) -> list[Tensor]:

@@ -22,6 +22,7 @@ from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import Factored, Factorization, Factors, Unfolding
 from geofx.factorized_module import FactorizedLayer, FactorizedLinear
 from geofx.objective import Objective
+from geofx.program import Remembered
 from geofx.progress import Progress, log_progress
 from geofx.trace import evaluating
 from geofx.training import Training
@@ -60,6 +61,7 @@ class Recovery:
         self._forward: Model = self.student
         parts = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else self.whole.values()
         self._teacher_device = next((part.device for part in parts), torch.device("cpu"))
+        self._wanted = Remembered(self._taught)
 
     def run(self, batches: list[Batch], validation: list[Batch]) -> Progressed:
         """Train on ``batches`` and leave the student at the state with the least loss on ``validation``.
@@ -125,7 +127,7 @@ class Recovery:
         device = next(self.student.parameters()).device.type
         for batch in batches:
             with nullcontext() if dtype is None else torch.autocast(device, dtype):
-                loss = self._loss(batch) / len(batches)
+                loss = self._loss(batch, self._taught(batch)) / len(batches)
             if self.training.accelerator is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
@@ -135,17 +137,21 @@ class Recovery:
             raise NumericsError("the loss is not finite", where="recover", fix="lower the learning rate")
         return total
 
-    def _loss(self, batch: Batch) -> Tensor:
-        device, here = next(self.student.parameters()).device, self._teacher_device
-        with torch.no_grad():
-            wanted = _on(device, self.teacher(**_on(here, self.inputs(self.teacher, batch))))
-        given, batch = _on(device, self.inputs(self.student, batch)), _on(device, batch)
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Any:
+        return self.teacher(**_on(self._teacher_device, self.inputs(self.teacher, batch)))
+
+    def _loss(self, batch: Batch, taught: Any) -> Tensor:
+        device = next(self.student.parameters()).device
+        wanted, batch, given = (
+            _on(device, item) for item in (taught, batch, self.inputs(self.student, batch))
+        )
         distance, terms = self.objective.distance(wanted, self._forward(**given), {**batch, **given})
         return distance / max(terms, 1e-30)
 
     @torch.no_grad()
     def _mean_loss(self, batches: list[Batch]) -> float:
-        return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+        return sum(float(self._loss(batch, self._wanted(batch))) for batch in batches) / len(batches)
 
     def _noted(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from geofx.objective import (
     token_count,
     valid_outputs,
 )
-from geofx.program import Program, flat_tensors
+from geofx.program import OUTPUTS_LIMIT, Program, Remembered
 from geofx.progress import Progress, log_progress
 
 HELD_OUT, SEEN = "held-out batches", "the batches that it was calibrated on"
@@ -83,19 +83,14 @@ class Reference:
     """The original and its outputs on batches that were asked for before, up to ``limit`` bytes of them."""
 
     program: Program
-    limit: int = 2 * 2**30
-    _known: dict[int, tuple[Batch, Any]] = field(default_factory=dict)
+    limit: int = OUTPUTS_LIMIT
+
+    def __post_init__(self) -> None:
+        self._outputs = Remembered(lambda batch: self.program(**inputs_of(self.program, batch)), self.limit)
 
     def __call__(self, batch: Batch) -> Any:
         """The outputs on a batch, which is told by identity."""
-        if id(batch) in self._known:
-            return self._known[id(batch)][1]
-        outputs = self.program(**inputs_of(self.program, batch))
-        size = sum(tensor.nbytes for tensor in flat_tensors(outputs))
-        if size <= self.limit:
-            self.limit -= size
-            self._known[id(batch)] = batch, outputs
-        return outputs
+        return self._outputs(batch)
 
 
 def verify(
