@@ -194,7 +194,7 @@ class Remembered:
 
     run: Callable[[Any], Any]
     limit: int = OUTPUTS_LIMIT
-    _known: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _known: dict[int, tuple[Any, Any]] = field(default_factory=dict, init=False)
 
     def __call__(self, batch: Any) -> Any:
         """The outputs on a batch, which is told by identity."""

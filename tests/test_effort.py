@@ -22,6 +22,7 @@ from geofx.moments import Moments, pooled
 from geofx.objective import NextToken, SquaredError
 from geofx.optimization import STEPS, optimize_analysis
 from geofx.passes.calibrate import calibrate
+from geofx.program import Program
 from geofx.trace import trace
 from geofx.uniform import uniform_plan
 from geofx.verify import verify
@@ -241,6 +242,21 @@ def test_of_next_tokens_the_label_part_is_taken_from_all_data() -> None:
     assert made.expected_loss(program) == pytest.approx(expected)
     assert made.distance_of(program) == pytest.approx(unseen.kl)
     assert result.plan.loss == pytest.approx(max(0.0, expected))
+
+
+def test_the_original_runs_once_on_each_validation_batch(
+    analysis: geofx.Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis, run, runs = replace(analysis), Program.__call__, list[Program]()
+
+    def counted(program: Program, *args: Any, **kwargs: Any) -> Any:
+        runs.append(program)
+        return run(program, *args, **kwargs)
+
+    monkeypatch.setattr(Program, "__call__", counted)
+    assert analysis.distance_of(analysis.program) == analysis.distance_of(analysis.program)
+    assert runs.count(analysis.original) == len(analysis.validation)
+    assert runs.count(analysis.program) == 2 * len(analysis.validation)
 
 
 def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
