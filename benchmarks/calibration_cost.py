@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from geofx.batches import Batch
-from geofx.objective import NextToken, next_token_pairs
+from geofx.objective import NextToken
 from geofx.passes.calibrate import Recorder
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
@@ -63,8 +62,8 @@ def bare(model: torch.nn.Module, batch: Batch, *, weights: bool) -> None:
         parameter.requires_grad_(weights)
     if not weights:
         model.get_input_embeddings().weight.requires_grad_(True)
-    logits, targets = next_token_pairs(model(**batch, use_cache=False).logits, batch)
-    functional.cross_entropy(logits, targets, reduction="sum").backward()
+    loss, _ = NextToken().gradient_seed(model(**batch, use_cache=False), batch)
+    loss.backward()
     model.zero_grad(set_to_none=True)
 
 

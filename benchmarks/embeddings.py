@@ -24,7 +24,7 @@ from torch import Tensor
 
 from geofx.annotations import SITE
 from geofx.factorizations import GroupReduce, LowRank, TokenMPS
-from geofx.objective import NextToken, next_token_pairs
+from geofx.objective import NextToken
 from geofx.passes.calibrate import calibrate
 from geofx.passes.canonicalize import Canonicalize
 from geofx.passes.contract import run_passes
@@ -160,12 +160,11 @@ def paper_numbers(form: TokenMPS) -> int:
 
 def loss_of(model: torch.nn.Module, batches: list[dict[str, Tensor]]) -> float:
     """Nats per token."""
-    total, terms = 0.0, 0
+    total, terms = 0.0, 0.0
     with torch.no_grad():
         for batch in batches:
-            logits, targets = next_token_pairs(model(**batch, use_cache=False).logits, batch)
-            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            terms += targets.numel()
+            loss, count = NextToken().gradient_seed(model(**batch, use_cache=False), batch)
+            total, terms = total + float(loss), terms + count
     return total / terms
 
 

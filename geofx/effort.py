@@ -20,7 +20,8 @@ class Effort:
     Attributes:
         validated: an eighth of the calibration batches is kept out of the moments, for choices to be made
             on and for the predicted loss to be set by.
-        rounds: windows that the model writes itself for each one it was given.
+        rounds: windows that the model writes itself for each one it was given; as many as were given join
+            the moments.
         refines: the factors are trained for a while, after the plan, on all of these.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,10 @@ from geofx.trace import evaluating
 
 PROMPT_RATIO = 1 / 16
 """Share of a window that is given to the model as the beginning of what it writes."""
-ROWS = 32
-"""Windows that are written at once."""
+ROWS = 128
+"""Windows that are written at once at most: matmuls with fewer rows than 64 are slow."""
+CACHE_LIMIT = 4 * 2**30
+"""Bytes of keys and values of the windows that are written at once."""
 REPLACED_RATIO = 0.3
 """Share of the tokens that are drawn anew where nothing can be written."""
 
@@ -82,16 +84,22 @@ def written_text(
     Batches hold ``input_ids`` and ``attention_mask``, (batch, length) int64.
     """
     windows = [rows for batch in batches for rows in _unpadded(batch)]
-    prompts, found = list(_prompts(windows, rounds)), list[Batch]()
+    prompts, found = list(_prompts(module, windows, rounds)), list[Batch]()
     size = max((len(batch["input_ids"]) for batch in batches), default=1)
-    progress("write text", 0, len(prompts))
-    for done, rows in enumerate(prompts):
+    written, wanted = 0, sum(max(0, length - rows.shape[1]) for rows, length in prompts)
+
+    def one_more() -> None:
+        nonlocal written
+        written += 1
+        progress("write text", written, wanted)
+
+    progress("write text", 0, wanted)
+    for number, (rows, length) in enumerate(prompts):
         with torch.random.fork_rng(), evaluating(module):
-            torch.manual_seed(seed + done)
-            written = _written(module, *rows)
-        parts = torch.split(written, size)
+            torch.manual_seed(seed + number)
+            whole = _written(module, rows, length, one_more)
+        parts = torch.split(whole, size)
         found += [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
-        progress("write text", done + 1, len(prompts))
     return found
 
 
@@ -118,17 +126,27 @@ def _of_one_length(windows: list[Tensor]) -> list[Tensor]:
     return [torch.cat([rows for rows in windows if rows.shape[1] == length]) for length in lengths]
 
 
-def _prompts(windows: list[Tensor], rounds: int) -> Iterator[tuple[Tensor, int]]:
+def _prompts(module: Any, windows: list[Tensor], rounds: int) -> Iterator[tuple[Tensor, int]]:
     """(prompts, length of the window to write); each round begins at another place of the windows."""
     start = _common_start(windows) if windows else 0
     for whole in _of_one_length(windows):
         length = whole.shape[1]
         size = max(1, round(PROMPT_RATIO * length))
-        for turn in range(rounds):
-            place = start + turn * max(0, length - start - size) // rounds
-            prompts = torch.cat([whole[:, :start], whole[:, place : place + size]], 1)
-            for rows in torch.split(prompts, ROWS):
-                yield rows, length
+        places = [start + turn * max(0, length - start - size) // rounds for turn in range(rounds)]
+        prompts = torch.cat(
+            [torch.cat([whole[:, :start], whole[:, place : place + size]], 1) for place in places]
+        )
+        most = min(ROWS, max(1, CACHE_LIMIT // (length * _cache_bytes(module))))
+        for rows in torch.tensor_split(prompts, -(-len(prompts) // most)):
+            yield rows, length
+
+
+def _cache_bytes(module: Any) -> int:
+    """Of the keys and values of one token in float32, as the configuration tells."""
+    config = module.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 8 * int(config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width)
 
 
 def _common_start(windows: list[Tensor]) -> int:
@@ -152,9 +170,12 @@ def _generating_by(module: Any, settings: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
-    """(n, length): the prompts and what the model goes on with; it does not end before."""
-    from transformers import GenerationConfig  # optional; there where a module can generate
+def _written(module: Any, prompts: Tensor, length: int, each: Callable[[], None]) -> Tensor:
+    """(n, length): the prompts and what the model goes on with, ``each`` called at each token.
+
+    It does not end before.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList  # there where a module can generate
 
     more = length - prompts.shape[1]
     if more < 1:
@@ -169,8 +190,15 @@ def _written(module: Any, prompts: Tensor, length: int) -> Tensor:
         pad_token_id=int(prompts[0, 0]),
         eos_token_id=module.generation_config.eos_token_id,
     )
+
+    def told(_: Tensor, scores: Tensor) -> Tensor:
+        each()
+        return scores
+
     given = prompts.to(next(module.parameters()).device)
     mask = torch.ones_like(given)
     with _generating_by(module, settings):
-        written: Tensor = module.generate(given, attention_mask=mask)
+        written: Tensor = module.generate(
+            given, attention_mask=mask, logits_processor=LogitsProcessorList([told])
+        )
     return written.cpu()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from geofx.batches import Batch, inputs_of, token_mask, vocabularies
@@ -15,6 +16,10 @@ from geofx.errors import ConfigError
 from geofx.program import Program, flat_tensors
 
 UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
+RowTerm = Callable[[Tensor, slice], Tensor]
+
+ROWS = 32
+"""Rows of logits that a loss is taken of at once: what is computed of them fits into a cache."""
 
 
 class Objective(Protocol):
@@ -59,14 +64,22 @@ class NextToken:
 
     def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
         """Σ KL(original ‖ optimized) over the tokens that have a successor."""
-        wanted, targets = next_token_pairs(logits_of(original), batch, self.ids)
-        given, _ = next_token_pairs(logits_of(optimized), batch, self.ids)
-        p, q = functional.log_softmax(wanted.float(), -1), functional.log_softmax(given.float(), -1)
-        return functional.kl_div(q, p, log_target=True, reduction="sum"), float(targets.numel())
+        places, _ = next_tokens(batch, self.ids)
+        wanted = logits_of(original).flatten(0, 1)
+
+        def divergence(given: Tensor, part: slice) -> Tensor:
+            p, q = (functional.log_softmax(rows.float(), -1) for rows in (wanted[places[part]], given))
+            return functional.kl_div(q, p, log_target=True, reduction="sum")
+
+        return sum_over_rows(logits_of(optimized).flatten(0, 1), places, divergence), float(len(places))
 
     def _sum(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
-        logits, targets = next_token_pairs(logits_of(output), batch, self.ids)
-        return functional.cross_entropy(logits.float(), targets, reduction="sum"), float(targets.numel())
+        places, targets = next_tokens(batch, self.ids)
+
+        def cross_entropy(given: Tensor, part: slice) -> Tensor:
+            return functional.cross_entropy(given.float(), targets[part], reduction="sum")
+
+        return sum_over_rows(logits_of(output).flatten(0, 1), places, cross_entropy), float(len(places))
 
 
 @dataclass(frozen=True)
@@ -193,14 +206,51 @@ def logits_of(output: Any) -> Any:
     return output if isinstance(output, Tensor) else None
 
 
-def next_token_pairs(logits: Tensor, batch: Batch, ids: str = "input_ids") -> tuple[Tensor, Tensor]:
-    """(logits (n, vocabulary), targets (n,)) of all pairs of neighbouring tokens that are not padding."""
-    targets, predictions = batch[ids][:, 1:], logits[:, :-1]
-    mask = token_mask(batch)
-    if mask is None:
-        return predictions.flatten(0, 1), targets.flatten()
-    both = mask[:, 1:] & mask[:, :-1]
-    return predictions[both], targets[both]
+def next_tokens(batch: Batch, ids: str = "input_ids") -> tuple[Tensor, Tensor]:
+    """Where a token that is not padding has a successor that is none, and the successors.
+
+    Both (n,) int64, the places counted through (batch · length).
+    """
+    known, mask = batch[ids], token_mask(batch)
+    held = torch.ones_like(known, dtype=torch.bool) if mask is None else mask
+    both = functional.pad(held[:, 1:] & held[:, :-1], (0, 1))
+    return both.flatten().nonzero().flatten(), known[:, 1:][both[:, :-1]]
+
+
+def sum_over_rows(values: Tensor, places: Tensor, term: RowTerm) -> Tensor:
+    """Σ term(values[places[part]], part) over parts of `ROWS` places: a differentiable scalar.
+
+    The gradient is taken along the way, so nothing as large as ``values`` (n, m) is held but that. It can be
+    taken once only; ``term`` is of nothing else that takes one.
+    """
+    total: Tensor = _SumOverRows.apply(values, places, term)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOverRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, term: RowTerm) -> Tensor:
+        is_wanted = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(values) if is_wanted else None
+        total = torch.zeros((), dtype=torch.float64, device=values.device)
+        for start in range(0, len(places), ROWS):
+            part = slice(start, start + ROWS)
+            with torch.set_grad_enabled(is_wanted):
+                rows = values.detach()[places[part]].requires_grad_(is_wanted)
+                found = term(rows, part)
+            total += found.detach()
+            if gradient is not None:
+                gradient[places[part]] = torch.autograd.grad(found, rows)[0]
+        ctx.gradient = gradient
+        return total.to(torch.promote_types(values.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of a sum over rows can be taken once only")
+        return gradient.mul_(scale.to(gradient)), None, None
 
 
 def valid_outputs(output: Any, batch: Batch) -> list[Tensor]:

@@ -14,11 +14,12 @@ from torch.nn import functional
 from geofx.batches import Batch, inputs_of, of_the_data
 from geofx.errors import NumericsError
 from geofx.objective import (
+    ROWS,
     NextToken,
     Objective,
     SquaredError,
     logits_of,
-    next_token_pairs,
+    next_tokens,
     token_count,
     valid_outputs,
 )
@@ -27,6 +28,8 @@ from geofx.progress import Progress, log_progress
 
 HELD_OUT, SEEN = "held-out batches", "the batches that it was calibrated on"
 VALIDATION = "the batches that the best state was chosen on"
+CHUNK = 2**18
+"""Numbers that are compared at once: what is computed of them fits into a cache."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,15 @@ def verify(
 def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Objective) -> None:
     first, second = valid_outputs(before, batch), valid_outputs(after, batch)
     for one, other in zip(first, second, strict=True):
-        if torch.isfinite(one).all() and not torch.isfinite(other).all():
-            raise NumericsError(
-                "the optimized model gives values that are not finite", fix="raise the budget"
-            )
-        sums.error += float((one.float() - other.float()).square().sum(dtype=torch.float64))
-        sums.power += float(one.float().square().sum(dtype=torch.float64))
+        pairs = zip(*(torch.split(value.flatten(), CHUNK) for value in (one, other)), strict=True)
+        for wanted, given in pairs:
+            error = float((wanted.float() - given.float()).square().sum())
+            if not math.isfinite(error) and wanted.isfinite().all() and not given.isfinite().all():
+                raise NumericsError(
+                    "the optimized model gives values that are not finite", fix="raise the budget"
+                )
+            sums.error += error
+            sums.power += float(wanted.float().square().sum())
     original, optimized, terms = objective.compare(before, after, batch)
     sums.original, sums.optimized, sums.terms = (
         sums.original + original,
@@ -141,13 +147,13 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
 
 
 def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch, ids: str) -> None:
-    first, _ = next_token_pairs(before, batch, ids)
-    second, targets = next_token_pairs(after, batch, ids)
-    for one, other in zip(torch.split(first, 256), torch.split(second, 256), strict=True):
-        p, q = functional.log_softmax(one.float(), -1), functional.log_softmax(other.float(), -1)
+    places, _ = next_tokens(batch, ids)
+    for rows in torch.split(places, ROWS):
+        one, other = (logits.flatten(0, 1)[rows].float() for logits in (before, after))
+        p, q = functional.log_softmax(one, -1), functional.log_softmax(other, -1)
         sums.divergence += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
         sums.agreeing += float((one.argmax(-1) == other.argmax(-1)).sum())
-    sums.predictions += targets.numel()
+    sums.predictions += len(places)
 
 
 def _fidelity(sums: _Sums, objective: Objective, parameter_mae: float) -> Fidelity:

@@ -270,8 +270,8 @@ def test_a_budget_for_the_loss_holds_on_validation_batches() -> None:
 
 
 def test_best_refines_the_factors_and_is_not_worse_where_it_chose() -> None:
-    made = geofx.analyze(tiny_models.build("bert"), windows(6), holdout=windows(2, 1), effort="best")
-    assert (len(made.calibration), len(made.written), made.refines) == (5, 2 * 5, True)
+    made = geofx.analyze(tiny_models.build("bert"), windows(10), holdout=windows(2, 1), effort="best")
+    assert (len(made.calibration), len(made.written), made.refines) == (9, 2 * 9, True)
     budget = Budget(size=0.6)
     plain = made.plan(budget)
     rewrites, _ = made.fit(plain)
