@@ -245,7 +245,7 @@ class _SumOverRows(torch.autograd.Function):
         return total.to(torch.promote_types(values.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
