@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def images(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
 def saved(model: nn.Module, batches: list[Any], folder: Path, size: float = 1.0) -> Path:
     budget = geofx.Budget(size=size, scope="factorizable")
     return geofx.optimize(model, budget, calibration=batches).save(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder that is optimized once; tests copy it."""
+    batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
+    return saved(tiny_models.build("llama"), batches, tmp_path_factory.mktemp("decoder"), 0.8)
+
+
+def copied(shared: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(shared, folder / "out"))
 
 
 def decoder(folder: Path, size: float = 0.8, dtype: torch.dtype = torch.float32) -> Path:
@@ -114,9 +126,9 @@ def with_config(path: Path, **changes: Any) -> geofx.OptimizedModel:
     ],
 )
 def test_a_configuration_that_does_not_fit_is_a_plain_error(
-    tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, shared: Path, changes: dict[str, Any], message: str
 ) -> None:
-    result = with_config(decoder(tmp_path), **changes)
+    result = with_config(copied(shared, tmp_path), **changes)
     with pytest.raises(ConfigError, match=message):
         result.to_module()
 
