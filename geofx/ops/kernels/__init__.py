@@ -1,0 +1,1 @@
+"""Triton kernels of `geofx.ops`; needs Triton, which the rest of geofx does not."""
