@@ -138,6 +138,19 @@ def unpack_symmetric(packed: Tensor) -> Tensor:
     return fill_lower(matrix)
 
 
+def multiply_blocks(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y[α m2 + β] = Σ_γσ left[β, α, γσ] (right[γ, βσ, :] · x[γ]), as two batched matmuls.
+
+    x (..., n1 n2), left (m2, m1, n1 r), right (n1, m2 r, n2) -> (..., m1 m2).
+    """
+    (m2, m1, _), (n1, _, n2) = left.shape, right.shape
+    slices = x.reshape(-1, n1, n2).transpose(0, 1)
+    inner = torch.bmm(slices, right.transpose(1, 2))
+    crossed = inner.reshape(n1, -1, m2, right.shape[1] // m2).permute(2, 1, 0, 3).flatten(2)
+    blocks = torch.bmm(crossed, left.transpose(1, 2))
+    return blocks.permute(1, 2, 0).reshape(*x.shape[:-1], m1 * m2)
+
+
 def canonical_signs(vectors: Tensor) -> Tensor:
     """Columns scaled by ±1 so that the entry of largest modulus is positive."""
     picked = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))

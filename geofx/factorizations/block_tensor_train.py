@@ -8,10 +8,11 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from geofx.factorizations.blocks import Fold, compose, fit_blocks, multiply, require_fold
+from geofx.factorizations.blocks import Fold, compose, fit_blocks, require_fold
 from geofx.factorizations.contract import SIZES, Factors, measured_loss, require_rank
 from geofx.factorizations.folds import divisors
 from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.linalg import multiply_blocks
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -72,7 +73,7 @@ class BlockTensorTrain:
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """Contract δ with R for each γ, then γσ with L for each β."""
-        return multiply(x, factors["left"], factors["right"])
+        return multiply_blocks(x, factors["left"], factors["right"])
 
     def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
         """Σ_σ L[β, α, γσ] · R[γ, βσ, δ]."""

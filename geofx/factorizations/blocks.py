@@ -171,13 +171,3 @@ def _cores(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Views (m2, m1, n1, r) and (n1, m2, r, n2) of the two factors."""
     (m2, m1, _), (n1, _, n2) = left.shape, right.shape
     return left.reshape(m2, m1, n1, -1), right.reshape(n1, m2, -1, n2)
-
-
-def multiply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """x · compose(left, right)ᵀ as two batched matmuls with a transposition between and after."""
-    (m2, m1, _), (n1, _, n2) = left.shape, right.shape
-    slices = x.reshape(-1, n1, n2).transpose(0, 1)
-    inner = torch.bmm(slices, right.transpose(1, 2))
-    crossed = inner.reshape(n1, -1, m2, right.shape[1] // m2).permute(2, 1, 0, 3).flatten(2)
-    blocks = torch.bmm(crossed, left.transpose(1, 2))
-    return blocks.permute(1, 2, 0).reshape(*x.shape[:-1], m1 * m2)

@@ -9,10 +9,11 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from geofx.errors import PlanError
-from geofx.factorizations.blocks import Fold, compose, fit_blocks, multiply
+from geofx.factorizations.blocks import Fold, compose, fit_blocks
 from geofx.factorizations.contract import Factors, measured_loss, rank_grid, require_rank
 from geofx.factorizations.folds import divisors
 from geofx.geometry import GeometricForm, Subspace, Transformation
+from geofx.linalg import multiply_blocks
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis, Weights
 
@@ -76,7 +77,7 @@ class Monarch:
 
     def apply(self, x: Tensor, factors: Factors, site: int = 0) -> Tensor:
         """P L Pᵀ (R x)."""
-        return multiply(x, factors["left"], factors["right"])
+        return multiply_blocks(x, factors["left"], factors["right"])
 
     def to_dense(self, factors: Factors, site: int = 0) -> Tensor:
         """The grid of products of blocks."""

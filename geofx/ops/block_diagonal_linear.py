@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from geofx.linalg import multiply_blocks
 from geofx.ops.fused_op import FusedOp
 
 
-def multiply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """It as two batched matmuls with a transposition between and after."""
-    (m2, m1, _), (n1, _, n2) = left.shape, right.shape
-    slices = x.reshape(-1, n1, n2).transpose(0, 1)
-    inner = torch.bmm(slices, right.transpose(1, 2))
-    crossed = inner.reshape(n1, -1, m2, right.shape[1] // m2).permute(2, 1, 0, 3).flatten(2)
-    blocks = torch.bmm(crossed, left.transpose(1, 2))
-    return blocks.permute(1, 2, 0).reshape(*x.shape[:-1], m1 * m2)
-
-
 def _chain(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = multiply(x, left, right)
+    y = multiply_blocks(x, left, right)
     return y if bias is None else y + bias
 
 

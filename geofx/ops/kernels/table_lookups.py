@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -31,7 +32,7 @@ def _core(core, digit, base, left, mode, right, P: tl.constexpr, Q: tl.constexpr
 def three_cores_kernel(ids, first, second, third, y, m1, m2, m3, n1, n2, n3, r1, r2, N1: tl.constexpr,
                        R1: tl.constexpr, N2: tl.constexpr, R2: tl.constexpr,
                        N3: tl.constexpr):  # fmt: skip
-    """A row of G₁[i₁] G₂[i₂] G₃[i₃]; a middle core of 1 x 1 numbers is how two cores are given."""
+    """A row of G₁[i₁] G₂[i₂] G₃[i₃]."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + token)
     d3, rest = row % m3, row // m3
@@ -91,17 +92,14 @@ def token_mps_kernel(ids, table, y, numbers, columns, BONDS: tl.constexpr, PADDE
 def tensor_train_lookup(ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
     """The kernel of `geofx.ops.tensor_train_lookup`, for two or three cores that fit; else the chain."""
     shapes = [tuple(core.shape) for core in cores]
-    padded = [(_padded(left), mode, _padded(right)) for left, _, mode, right in shapes]
-    width = 1
-    for _, _, mode, _ in shapes:
-        width *= mode
+    width = math.prod(shape[2] for shape in shapes)
     y = cores[0].new_empty(ids.numel(), width)
     flat, held = ids.reshape(-1), [core.contiguous() for core in cores]
     if not y.numel():
         return y.view(*ids.shape, width)
     if len(cores) == 2:
         (_, m1, n1, r1), (_, m2, n2, _) = shapes
-        sides = {"N1": _padded(n1), "R1": padded[0][2], "N2": _padded(n2)}
+        sides = {"N1": _padded(n1), "R1": _padded(r1), "N2": _padded(n2)}
         if max(sides["N1"] * sides["R1"], sides["R1"] * sides["N2"], sides["N1"] * sides["N2"]) <= LARGEST:
             two_cores_kernel[(len(flat),)](flat, *held, y, m1, m2, n1, n2, r1, **sides)
             return y.view(*ids.shape, width)
@@ -109,9 +107,9 @@ def tensor_train_lookup(ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
         (_, m1, n1, r1), (_, m2, n2, r2), (_, m3, n3, _) = shapes
         sides = {
             "N1": _padded(n1),
-            "R1": padded[0][2],
+            "R1": _padded(r1),
             "N2": triton.next_power_of_2(n2),
-            "R2": padded[1][2],
+            "R2": _padded(r2),
             "N3": _padded(n3),
         }
         tiles = (
