@@ -119,7 +119,9 @@ def analyze(
             written = generated_text(module, program, batches, objective, level.rounds, seed, progress)
     if written:
         with stages("calibrate on written text"):
-            further = calibrate(program, written[: len(batches)], objective, mode, progress, directions)
+            further = calibrate(
+                program, written[: len(written) // level.rounds], objective, mode, progress, directions
+            )
             unseen = calibrate(program, parts.validation, objective, mode, progress)
         with stages("analyse with written text"):
             seen = _better(seen, _Seen.of(program, pooled(moments, further), progress), unseen)

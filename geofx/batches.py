@@ -74,8 +74,6 @@ def split(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Batc
 
 def spread(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Batch], list[Batch]]:
     """As `split`, but those apart are evenly spread: they show what all show, if from the same texts."""
-    if len(batches) == 1:
-        return batches, batches
     kept = max(1, round(len(batches) * ratio))
     places = {(2 * turn + 1) * len(batches) // (2 * kept) for turn in range(kept)}
     rest = [batch for place, batch in enumerate(batches) if place not in places]
@@ -86,7 +84,10 @@ def warn_of_shared_rows(trained: Iterable[Batch], held: Iterable[Batch]) -> None
     """Say how many rows to measure on are among those that the factors are made from."""
     shared = rows_in_both(trained, held)
     if shared:
-        logger.warning("%d held-out rows are calibration data too: what is measured looks too good", shared)
+        logger.warning(
+            "%d rows to measure on are among those trained or calibrated on: what is measured looks too good",
+            shared,
+        )
 
 
 def rows_in_both(one: Iterable[Batch], other: Iterable[Batch]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +36,10 @@ class Checkpoint:
 
     cache: Cache
     key: str
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """One process at a time trains by it; a second waits and then finds the run at its end."""
+        return self.cache.claimed(self.key)
 
     def write(
         self,

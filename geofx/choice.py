@@ -133,7 +133,8 @@ class SolverReport:
     """How good the plan is proved to be.
 
     Attributes:
-        status: ``optimal``, ``nothing to do``, ``not proved optimal``, ``closest`` or ``edited``.
+        status: ``optimal``, ``nothing to do``, ``not proved optimal``, ``closest``, ``uniform`` or
+            ``edited``.
         objective: the minimised sum: loss, or bytes where only the loss is limited.
         bound: no plan within the budget is below.
         gap: (objective - bound) / objective.

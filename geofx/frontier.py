@@ -77,6 +77,7 @@ class Frontier:
         axis: what the shares are of.
         scope: of the whole model, or of what can be rewritten.
         dense: totals of the model as it was.
+        calibration_tokens: that the analysis saw.
         tokens: tokens that measured points were measured on; 0 where none was, or the model predicts none.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,8 @@ from geofx.objective import NextToken, Objective, token_input
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.trace import evaluating
+
+logger = logging.getLogger(__name__)
 
 PROMPT_RATIO = 1 / 16
 """Share of a window that is given to the model as the beginning of what it writes."""
@@ -37,13 +41,17 @@ def generated_text(
     """``rounds`` further windows for each given: the model's own writing, or else with tokens replaced.
 
     What a factorization loses on unseen text is mostly what its moments did not see. There are none where
-    the model takes no tokens.
+    the model takes no rows of tokens. All batches of a round come before those of the next.
     """
     ids = token_input(program)
-    if ids is None:
+    if ids is None or any(batch[ids].dim() != 2 for batch in batches):
         return []
-    if isinstance(objective, NextToken) and objective.ids == "input_ids" and _generates(module):
-        return written_text(module, batches, rounds, seed, progress)
+    writes = isinstance(objective, NextToken) and _generates(module)
+    if writes and {"input_ids"} <= set(program.input_names) <= {"input_ids", "attention_mask"}:
+        try:
+            return written_text(module, batches, rounds, seed, progress)
+        except Exception as error:  # the user's model at work, in whatever way it generates
+            logger.warning("the model writes no text, tokens are replaced instead: %s", error)
     return replaced_tokens(batches, rounds, ids, vocabularies(program)[ids], seed)
 
 
@@ -84,7 +92,7 @@ def written_text(
     Batches hold ``input_ids`` and ``attention_mask``, (batch, length) int64.
     """
     windows = [rows for batch in batches for rows in _unpadded(batch)]
-    prompts, found = list(_prompts(module, windows, rounds)), list[Batch]()
+    prompts, written_of = list(_prompts(module, windows, rounds)), defaultdict[int, list[Tensor]](list)
     size = max((len(batch["input_ids"]) for batch in batches), default=1)
     written, wanted = 0, sum(max(0, length - rows.shape[1]) for rows, length in prompts)
 
@@ -97,10 +105,10 @@ def written_text(
     for number, (rows, length) in enumerate(prompts):
         with torch.random.fork_rng(), evaluating(module):
             torch.manual_seed(seed + number)
-            whole = _written(module, rows, length, one_more)
-        parts = torch.split(whole, size)
-        found += [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
-    return found
+            written_of[length].append(_written(module, rows, length, one_more))
+    by_round = zip(*(torch.chunk(torch.cat(parts), rounds) for parts in written_of.values()), strict=True)
+    parts = [part for whole in by_round for alike in whole for part in torch.split(alike, size)]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
 
 
 def _unpadded(batch: Batch) -> Iterator[Tensor]:
@@ -144,7 +152,7 @@ def _prompts(module: Any, windows: list[Tensor], rounds: int) -> Iterator[tuple[
 def _cache_bytes(module: Any) -> int:
     """Of the keys and values of one token in float32, as the configuration tells."""
     config = module.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 8 * int(config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width)
 

@@ -115,9 +115,12 @@ class GeofxQuantizer(HfQuantizer):
         model.is_quantized = False  # factors are cast like other parameters
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors to save, the guard among them."""
-        guards = {name: torch.zeros(0) for name in _guards(self.quantization_config.described)}
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to save, the guard among them; they are described anew, as tables may have grown."""
+        described = _described(model)
+        for config in (self.quantization_config, model.config.quantization_config):
+            config.described = described
+        guards = {name: torch.zeros(0) for name in _guards(described)}
         return {**model.state_dict(), **guards}, {}
 
     def is_serializable(self) -> bool:
@@ -137,7 +140,7 @@ class GeofxQuantizer(HfQuantizer):
 
 def attach(model: Any) -> None:
     """Make ``model``, whose layers geofx factorized, save itself so that its own class can load it again."""
-    described = _Description(layers=list(_layers(model)), ties=_ties(model))
+    described = _described(model)
     if not described.layers:
         return
     config = GeofxConfig(**described.model_dump(mode="json"))
@@ -166,13 +169,17 @@ def _warn_of_rounding(model: nn.Module, described: _Description) -> None:
     """Formats and their settings were chosen for the dtype that they were fitted in."""
     fitted = {getattr(torch, dtype) for layer in described.layers for dtype, _ in layer.factors.values()}
     wanted = {part.dtype for part in model.parameters() if part.is_floating_point()}
-    finest = max((torch.finfo(dtype).eps for dtype in fitted if dtype.is_floating_point), default=1.0)
+    finest = min((torch.finfo(dtype).eps for dtype in fitted if dtype.is_floating_point), default=1.0)
     coarser = [str(dtype) for dtype in wanted if torch.finfo(dtype).eps > finest]
     if coarser:
         logger.warning(
             "the factors were fitted for finer numbers than %s: optimize the model in the dtype it runs in",
             ", ".join(sorted(coarser)),
         )
+
+
+def _described(model: nn.Module) -> _Description:
+    return _Description(layers=list(_layers(model)), ties=_ties(model))
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:

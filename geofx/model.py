@@ -163,7 +163,7 @@ class OptimizedModel:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
         batches, unseen = (batches, unseen) if unseen else split(batches)
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
-        warn_of_shared_rows(batches, held)
+        warn_of_shared_rows(batches, [*unseen, *held])
         objective, student = choose_objective(original, batches[0], loss), _trainable(here)
         recovery = Recovery(
             student=student,

@@ -18,6 +18,8 @@ from geofx.program import Program, flat_tensors
 UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
 RowTerm = Callable[[Tensor, slice], Tensor]
 
+NEVER = torch.finfo(torch.float32).min / 2
+"""Logits below it, such as infinite ones, are taken for it: a probability of 0 whose differences are finite."""
 ROWS = 32
 """Rows of logits that a loss is taken of at once: what is computed of them fits into a cache."""
 
@@ -68,7 +70,7 @@ class NextToken:
         wanted = logits_of(original).flatten(0, 1)
 
         def divergence(given: Tensor, part: slice) -> Tensor:
-            p, q = (functional.log_softmax(rows.float(), -1) for rows in (wanted[places[part]], given))
+            p, q = (log_probabilities(rows) for rows in (wanted[places[part]], given))
             return functional.kl_div(q, p, log_target=True, reduction="sum")
 
         return sum_over_rows(logits_of(optimized).flatten(0, 1), places, divergence), float(len(places))
@@ -134,11 +136,9 @@ class Custom:
 
     def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
         """The sum of the terms."""
-        value = self.function(output, batch)
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            raise ConfigError(
-                "loss(output, batch) must return a tensor that depends on the output", where="loss"
-            )
+        value = self._terms(output, batch)
+        if not value.requires_grad:
+            raise ConfigError("what loss(output, batch) returns does not depend on the output", where="loss")
         if value.dim() > 0:
             return value.sum(), float(value.numel())
         terms = token_count(batch)
@@ -146,7 +146,7 @@ class Custom:
 
     def compare(self, original: Any, optimized: Any, batch: Batch) -> tuple[float, float, float]:
         """Both sums."""
-        before, after = self.function(original, batch), self.function(optimized, batch)
+        before, after = self._terms(original, batch), self._terms(optimized, batch)
         terms = float(before.numel()) if before.dim() else token_count(batch)
         scale = terms if before.dim() == 0 else 1.0
         return float(before.sum()) * scale, float(after.sum()) * scale, terms
@@ -154,6 +154,12 @@ class Custom:
     def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
         """(Σ ‖Δy‖², Σ ‖y‖²): of the outputs, as the loss itself may need targets."""
         return squared_distance(original, optimized, batch)
+
+    def _terms(self, output: Any, batch: Batch) -> Tensor:
+        value = self.function(output, batch)
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"loss(output, batch) returns a {type(value).__name__}", fix="return a tensor")
+        return value
 
 
 def squared_distance(original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
@@ -192,7 +198,7 @@ def is_causal_language_model(program: Program, batch: Batch, name: str = "input_
         before, after = (logits_of(program(**inputs_of(program, item))) for item in (probe, changed))
     if before is None or after is None or before.dim() != 3 or before.shape[:2] != probe[name].shape:
         return False
-    if before.shape[2] <= int(ids.max()):
+    if before.shape[2] != vocabularies(program).get(name):
         return False
     return bool(torch.allclose(before[:, :-1], after[:, :-1], rtol=1e-3, atol=1e-4))
 
@@ -204,6 +210,11 @@ def logits_of(output: Any) -> Any:
     if hasattr(output, "logits"):
         return output.logits
     return output if isinstance(output, Tensor) else None
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax in float32, finite also where a token is ruled out."""
+    return functional.log_softmax(logits.float().clamp_min(NEVER), -1)
 
 
 def next_tokens(batch: Batch, ids: str = "input_ids") -> tuple[Tensor, Tensor]:
@@ -263,7 +274,7 @@ def valid_outputs(output: Any, batch: Batch) -> list[Tensor]:
 
 
 def _rows(output: Any) -> int:
-    return max(1, *(value.shape[0] for value in flat_tensors(output) if value.dim()))
+    return max((value.shape[0] for value in flat_tensors(output) if value.dim()), default=1)
 
 
 def token_count(batch: Batch) -> float:

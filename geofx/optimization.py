@@ -110,7 +110,7 @@ def _or_uniform(
     except NumericsError as error:
         logger.warning("the plan is not compared with the same share of every matrix: %s", error)
         return plan, rewrites
-    if after >= before:
+    if not after < before:
         return plan, rewrites
     logger.warning("the same share of every matrix is nearer to the original: %.3g, not %.3g", after, before)
     return replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform")), simple

@@ -88,12 +88,30 @@ class Recovery:
             raise NumericsError("the loss is not finite before training", where="recover", fix=fix)
         optimizer = training.made_optimizer(list(trained.values()), before)
         schedule: Any = training.made_schedule(optimizer)
-        goes_by_loss = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
         checkpoint = self._checkpoint(trained, batches, validation, optimizer, schedule)
         if training.accelerator is not None:
             prepared = training.accelerator.prepare(self.student, optimizer, schedule)
             self._forward, optimizer, schedule = prepared
+        with nullcontext() if checkpoint is None else checkpoint.claimed():
+            return self._steps(trained, batches, validation, before, optimizer, schedule, checkpoint)
+
+    def _steps(
+        self,
+        trained: dict[str, nn.Parameter],
+        batches: list[Batch],
+        validation: list[Batch],
+        before: float,
+        optimizer: Any,
+        schedule: Any,
+        checkpoint: Checkpoint | None,
+    ) -> Progressed:
+        training = self.training
+        wrapped = getattr(schedule, "scheduler", schedule)
+        goes_by_loss = isinstance(wrapped, torch.optim.lr_scheduler.ReduceLROnPlateau)
         found = checkpoint.read(trained, optimizer, schedule) if checkpoint else None
+        if checkpoint is not None:
+            what = "started anew" if found is None else f"taken up at step {found[0].step}"
+            logger.info("recover: %s in %s", what, checkpoint.cache.folder.name)
         if found is None:
             run = Progressed()
             best = self._noted(run, trained, {}, before)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.batches import Batch, inputs_of, of_the_data
-from geofx.errors import NumericsError
+from geofx.errors import CalibrationError, NumericsError
 from geofx.objective import (
     ROWS,
     NextToken,
     Objective,
     SquaredError,
+    log_probabilities,
     logits_of,
     next_tokens,
     token_count,
@@ -107,8 +108,8 @@ def verify(
     """Run both programs on ``batches`` and compare; a `Reference` is run once on each.
 
     Raises:
-        NumericsError: the optimized program gives values that are not finite.
-        CalibrationError: the original cannot run on a batch.
+        NumericsError: the optimized program gives values, or has a loss, that are not finite.
+        CalibrationError: the original cannot run on a batch, or has no finite loss there.
     """
     sums, held = _Sums(), list(batches)
     reference = original if isinstance(original, Reference) else Reference(original, limit=0)
@@ -129,12 +130,11 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
         pairs = zip(*(torch.split(value.flatten(), CHUNK) for value in (one, other)), strict=True)
         for wanted, given in pairs:
             error = float((wanted.float() - given.float()).square().sum())
-            if not math.isfinite(error) and wanted.isfinite().all() and not given.isfinite().all():
-                raise NumericsError(
-                    "the optimized model gives values that are not finite", fix="raise the budget"
-                )
+            power = float(wanted.float().square().sum())
+            if not math.isfinite(error + power):
+                error, power = _finite_part(wanted, given)
             sums.error += error
-            sums.power += float(wanted.float().square().sum())
+            sums.power += power
     original, optimized, terms = objective.compare(before, after, batch)
     sums.original, sums.optimized, sums.terms = (
         sums.original + original,
@@ -146,19 +146,33 @@ def _compare(sums: _Sums, before: Any, after: Any, batch: Batch, objective: Obje
         _compare_tokens(sums, logits_of(before), logits_of(after), batch, objective.ids)
 
 
+def _finite_part(wanted: Tensor, given: Tensor) -> tuple[float, float]:
+    """(Σ ‖Δy‖², Σ ‖y‖²) over what the original gives finite, as infinities say never or always."""
+    kept = wanted.isfinite()
+    if given.isnan().any() or not given[kept].isfinite().all():
+        raise NumericsError("the optimized model gives values that are not finite", fix="raise the budget")
+    one, other = wanted[kept].double(), given[kept].double()
+    return float((one - other).square().sum()), float(one.square().sum())
+
+
 def _compare_tokens(sums: _Sums, before: Tensor, after: Tensor, batch: Batch, ids: str) -> None:
     places, _ = next_tokens(batch, ids)
     for rows in torch.split(places, ROWS):
-        one, other = (logits.flatten(0, 1)[rows].float() for logits in (before, after))
-        p, q = functional.log_softmax(one, -1), functional.log_softmax(other, -1)
+        p, q = (log_probabilities(logits.flatten(0, 1)[rows]) for logits in (before, after))
         sums.divergence += float(functional.kl_div(q, p, log_target=True, reduction="sum"))
-        sums.agreeing += float((one.argmax(-1) == other.argmax(-1)).sum())
+        sums.agreeing += float((p.argmax(-1) == q.argmax(-1)).sum())
     sums.predictions += len(places)
 
 
 def _fidelity(sums: _Sums, objective: Objective, parameter_mae: float) -> Fidelity:
     terms, tokens = max(sums.terms, 1e-30), sums.predictions
     difference_only = isinstance(objective, SquaredError)
+    if sums.terms <= 0.0 and not difference_only:
+        raise CalibrationError("the held-out data has no loss term", fix="pass longer texts")
+    if not math.isfinite(sums.original):
+        raise CalibrationError("the original's own loss is not finite", where="held-out data")
+    if not math.isfinite(sums.optimized):
+        raise NumericsError("the optimized model's loss is not finite", fix="raise the budget")
     relative = math.sqrt(sums.error / sums.power) if sums.power > 0.0 else 0.0
     return Fidelity(
         loss_original=None if difference_only else sums.original / terms,

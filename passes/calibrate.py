@@ -23,6 +23,8 @@ from geofx.site import Site
 
 logger = logging.getLogger(__name__)
 
+SMALLEST, LARGEST = 1e-24, 1e36
+"""Largest entries of a moment that float32 has room for, the small ones beside them too."""
 MAX_DROPPED_RATIO = 0.1
 """Share of calibration rows that may be left out as not finite before the model itself is at fault."""
 
@@ -122,6 +124,7 @@ class Recorder(fx.Interpreter):
         inputs = inputs_of(self.program, batch)
         self.mask = token_mask(batch | inputs)
         self.captured: dict[tuple[str, tuple[int, int]], Tensor] = {}
+        self.alive: list[Tensor] = []
         self.counted: dict[str, list[Tensor]] = defaultdict(list)
         self.rows = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
         with torch.set_grad_enabled(self.with_gradients):
@@ -139,7 +142,7 @@ class Recorder(fx.Interpreter):
             counts = torch.cat(parts).bincount(minlength=self.lookups[weight].numel())
             self.lookups[weight] += counts
             self.lookup_batches[weight] += counts > 0
-        self.captured = {}
+        self.captured, self.alive = {}, []
         if self.with_gradients:
             self.terms += terms
             seed.backward()  # type: ignore[no-untyped-call]
@@ -160,7 +163,10 @@ class Recorder(fx.Interpreter):
     def _capture(self, site: Site, node: str, x: Tensor) -> None:
         self._require_finite(node, x)
         kept = x.detach()
-        self.captured[site.input, (x.data_ptr(), x.numel())] = kept.clone() if self.is_mutating else kept
+        if self.is_mutating:
+            self.alive.append(kept)  # its address is its key: no other tensor may get it
+            kept = kept.clone()
+        self.captured[site.input, (x.data_ptr(), x.numel())] = kept
 
     def _hooked(
         self, value: Tensor, totals: dict[str, Tensor], weight: str, ids: Tensor | None = None
@@ -274,9 +280,14 @@ class Recorder(fx.Interpreter):
         return {name: self._finish(sums, name, self.terms) for name in sorted(sums)}
 
     def _finish(self, sums: dict[str, Tensor], name: str, count: float) -> Tensor:
-        """The whole matrix of means, in float32 unless the model computes in float64; frees the sum."""
+        """The whole matrix of means, in float64 where the model computes so or float32 cannot hold it.
+
+        Frees the sum.
+        """
         mean = sums.pop(name) / count
-        mean = mean if self.is_wide else mean.float()
+        peak = float(mean.abs().max()) if mean.numel() else 0.0
+        fits = peak == 0.0 or SMALLEST < peak < LARGEST
+        mean = mean.float() if fits and not self.is_wide else mean
         return fill_lower(mean) if mean.dim() == 2 else mean
 
 

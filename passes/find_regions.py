@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -28,7 +29,16 @@ def find_regions(program: Program, sites: Iterable[Site]) -> tuple[Region, ...]:
     for region in (*_shared_inputs(once), *_hidden_units(program, once)):
         joint[region.weights[-1]].append(region)
     near = [found for region in own for found in (region, *joint[region.name])]
-    return (*near, *_stacks(program, once))
+    return tuple(_named_apart((*near, *_stacks(program, once))))
+
+
+def _named_apart(regions: Iterable[Region]) -> Iterator[Region]:
+    """The regions; one of the same weights as another, of another kind, with its kind in the name."""
+    names = set[str]()
+    for region in regions:
+        taken = region.name in names
+        names.add(region.name)
+        yield replace(region, name=f"{region.name} ({region.kind})") if taken else region
 
 
 def _own_kind(site: Site) -> RegionKind:

@@ -132,6 +132,41 @@ def test_models_that_write_nothing_and_data_without_tokens() -> None:
     assert generated_text(None, plain, [{"input": torch.randn(4, 32)}], SquaredError(), 1) == []
 
 
+def test_a_model_that_needs_more_than_ids_gets_tokens_replaced() -> None:
+    given = [
+        {**batch, "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH).clone()} for batch in windows(2)
+    ]
+    decoder = trace(_llama(), given[0])
+    for batch in generated_text(_llama(), decoder, given, NextToken(), 1):
+        assert set(batch) == set(given[0])
+
+
+def test_a_model_that_fails_as_it_writes_gets_tokens_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    given, module = windows(2), _llama()
+    decoder = trace(module, given[0])
+    module.generate = None
+    assert len(generated_text(module, decoder, given, NextToken(), 1)) == 2
+    assert "the model writes no text" in caplog.text
+
+
+def test_ids_without_rows_are_left_alone() -> None:
+    program = trace(torch.nn.Embedding(9, 4), {"input": torch.arange(5)})
+    assert generated_text(None, program, [{"input": torch.arange(5)}], SquaredError(), 1) == []
+
+
+def test_every_round_is_of_every_length() -> None:
+    """Moments are of the first round alone."""
+    padded = windows(4)
+    for batch in padded:
+        batch["attention_mask"][0, LENGTH // 2 :] = 0
+    found = generated_text(_llama(), trace(_llama(), padded[0]), padded, NextToken(), 2)
+    first, second = found[: len(found) // 2], found[len(found) // 2 :]
+    lengths = [batch["input_ids"].shape for batch in first]
+    assert lengths == [batch["input_ids"].shape for batch in second]
+    assert {shape[1] for shape in lengths} == {LENGTH // 2, LENGTH}
+    assert not torch.equal(first[0]["input_ids"], second[0]["input_ids"])
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_pooled_moments_are_those_of_all_the_data(name: str) -> None:
     model = tiny_models.build(name)

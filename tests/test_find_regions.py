@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import tiny_models
 import torch
@@ -64,3 +66,14 @@ def test_sites_that_run_twice_are_left_alone() -> None:
 
     program = _canonical(trace(Twice(), torch.randn(4, 8)))
     assert {region.kind for region in find_regions(program, sites_of(program))} == {"single"}
+
+
+def test_an_mlp_of_equal_layers_is_one_region_of_each_kind() -> None:
+    """The second and third map make a stack, and an MLP of hidden units between them: two names."""
+    widths = (32, 64, 64, 64, 10)
+    parts = [part for a, b in pairwise(widths) for part in (torch.nn.Linear(a, b), torch.nn.ReLU())]
+    program = _canonical(trace(torch.nn.Sequential(*parts[:-1]), {"input": torch.randn(4, 32)}))
+    regions = find_regions(program, sites_of(program))
+    both = {region.kind: region.name for region in regions if region.weights == ("2.weight", "4.weight")}
+    assert both == {"gated_mlp": "{2,4}.weight", "stack": "{2,4}.weight (stack)"}
+    assert len({region.name for region in regions}) == len(regions)

@@ -19,7 +19,7 @@ from torch import nn
 import geofx
 from geofx import Budget
 from geofx.errors import ConfigError, GeofxError
-from geofx.factorizations import LowRank, SharedBasis
+from geofx.factorizations import LowRank, SharedBasis, TokenMPS
 from geofx.factorized_module import FactorizedLinear
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -69,6 +69,22 @@ def test_it_is_the_users_class_and_generates_with_a_cache(decoder: Any, tmp_path
     for model in (copy.deepcopy(decoder), loaded):
         assert {part.dtype for part in model.half().parameters()} == {torch.float16}
         assert {part.dtype for part in model.float().parameters()} == {torch.float32}
+
+
+def test_a_table_that_grew_is_saved_as_it_is(tmp_path: Path) -> None:
+    batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
+    analysis = geofx.analyze(tiny_models.build("llama"), batches)
+    table = "model.embed_tokens.weight"
+    plan = analysis.plan(Budget(size=0.95), include="*").edit(
+        {table: TokenMPS(8, 2)}, [analysis.regions[table].region]
+    )
+    model: Any = analysis.apply(plan).to_module()
+    rows = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    model.model.embed_tokens.add_tokens(rows)
+    model.save_pretrained(tmp_path)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    last = torch.arange(model.config.vocab_size, model.config.vocab_size + 3)
+    assert torch.equal(loaded.model.embed_tokens(last), model.model.embed_tokens(last))
 
 
 def test_without_geofx_loading_fails(decoder: Any, tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from geofx.batches import Batch
-from geofx.objective import ROWS, NextToken, next_tokens
+from geofx.errors import CalibrationError, ConfigError, NumericsError
+from geofx.objective import ROWS, Custom, NextToken, is_causal_language_model, next_tokens
+from geofx.trace import trace
+from geofx.verify import verify
 
 VOCABULARY, LENGTH = 13, ROWS + 5
 
@@ -72,3 +75,73 @@ def test_a_gradient_is_taken_once() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
         total.backward()
+
+
+class Ruled(torch.nn.Module):
+    """A language model, ``shift`` away from another, that never says token 3."""
+
+    def __init__(self, shift: float = 0.0, never: float = -torch.inf) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(VOCABULARY, 8)
+        self.head = torch.nn.Linear(8, VOCABULARY)
+        with torch.no_grad():
+            for seed, part in enumerate(self.parameters()):
+                part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(seed)) + shift)
+        rule = torch.zeros(VOCABULARY)
+        rule[3] = never
+        self.register_buffer("rule", rule)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.table(input_ids)) + self.rule
+
+
+def ids_without_3() -> Batch:
+    ids = batch()["input_ids"]
+    return {"input_ids": torch.where(ids == 3, 4, ids)}
+
+
+@pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_that_are_ruled_out_leave_all_figures_finite(never: float) -> None:
+    given = ids_without_3()
+    original, other = (trace(Ruled(shift, never), given) for shift in (0.0, 0.1))
+    found, same = (verify(original, one, [given], NextToken()) for one in (other, original))
+    assert found.kl is not None
+    assert 0.0 < found.kl < 10.0
+    if never == -torch.inf:
+        assert 0.0 < found.relative_l2 < 1.0
+    assert same.kl == pytest.approx(0.0, abs=1e-9)
+    assert same.relative_l2 == 0.0
+    logits = original(**given).detach().requires_grad_()
+    NextToken().distance(other(**given), logits, given)[0].backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_a_result_that_is_not_a_number_where_the_original_is_infinite_is_refused() -> None:
+    given = ids_without_3()
+    with pytest.raises(NumericsError, match="not finite"):
+        verify(trace(Ruled(), given), trace(Ruled(never=torch.nan), given), [given], NextToken())
+
+
+def test_held_out_data_without_a_loss_is_refused() -> None:
+    given = ids_without_3()
+    model = trace(Ruled(), given)
+    alone = {"input_ids": given["input_ids"][:, :2], "attention_mask": torch.tensor([[1, 0]] * 3)}
+    with pytest.raises(CalibrationError, match="no loss term"):
+        verify(model, model, [alone], NextToken())
+    ruled_out = {"input_ids": torch.full((3, LENGTH), 3)}
+    with pytest.raises(CalibrationError, match="not finite"):
+        verify(model, model, [ruled_out], NextToken())
+
+
+def test_hidden_states_wider_than_the_ids_are_no_logits() -> None:
+    given = ids_without_3()
+    body = torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 4 * VOCABULARY))
+    for model, name, expected in ((body, "input", False), (Ruled(), "input_ids", True)):
+        asked = {name: given["input_ids"]}
+        assert is_causal_language_model(trace(model, asked), asked, name) == expected
+
+
+def test_a_loss_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(ConfigError, match="returns a float"):
+        Custom(lambda output, batch: 1.0).compare(None, None, {})  # type: ignore[arg-type, return-value]

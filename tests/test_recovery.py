@@ -268,7 +268,7 @@ def test_row_62_rows_that_are_trained_and_measured_on_are_told(
     data = batches("llama", 4)
     rows = len(data[0]["input_ids"])
     decoder.recover(data, holdout=[data[0]], steps=1)
-    assert f"{rows} held-out rows are calibration data too" in caplog.text
+    assert f"{rows} rows to measure on are among those trained or calibrated on" in caplog.text
 
 
 def test_espace_trains_the_weight_whole_under_a_static_projection() -> None:
