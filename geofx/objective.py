@@ -19,7 +19,7 @@ UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
 RowTerm = Callable[[Tensor, slice], Tensor]
 
 NEVER = torch.finfo(torch.float32).min / 2
-"""Logits below it, such as infinite ones, are taken for it: a probability of 0 whose differences are finite."""
+"""Logits below it, such as infinite ones, are taken for it: probabilities of 0 with finite differences."""
 ROWS = 32
 """Rows of logits that a loss is taken of at once: what is computed of them fits into a cache."""
 
