@@ -1,4 +1,4 @@
-"""Small models run fastest on one thread, and then never wait for one another."""
+"""Small models run fastest on one thread, and are worth no trial of every format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from geofx import screening
+
 torch.set_num_threads(1)
+
+TRIED = screening.TRIED
+screening.TRIED = ()
 
 FUNCTIONS = """
 import torch
@@ -23,6 +28,12 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(64, 24, generator=generator) for _ in range(4)]
 """
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default plans try the formats that need a fit, as they do for users: 20 seconds for a small decoder."""
+    monkeypatch.setattr(screening, "TRIED", TRIED)
 
 
 @pytest.fixture

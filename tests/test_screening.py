@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from geofx.options import list_options
 from geofx.region import Region
 from geofx.region_analysis import Metric, RegionAnalysis
 from geofx.site import Site
+
+pytestmark = pytest.mark.usefixtures("trials")
 
 
 def standard(*shape: int, seed: int) -> Tensor:
