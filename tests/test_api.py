@@ -105,7 +105,6 @@ def test_every_matmul_is_annotated(llama: geofx.Analysis) -> None:
     assert all(len(data["sensitivity.spectrum"]) >= data["sensitivity.rank"] > 0 for data in annotated)
 
 
-@pytest.mark.usefixtures("trials")
 def test_rewrites_are_marked_and_dead_parameters_are_gone(llama: geofx.Analysis) -> None:
     result = llama.apply(llama.plan(geofx.Budget(parameters=0.6, scope="factorizable")))
     graph = result.program.to_networkx()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
+import geofx
 from geofx.factorizations import FACTORIZATIONS, Kronecker, LowRank
 from geofx.options import list_options
 from geofx.region import Region
@@ -62,3 +64,12 @@ def test_a_format_asked_for_by_name_is_priced_everywhere() -> None:
         "larger",
     }
     assert not any(isinstance(item.factorization, LowRank) for item in options)
+
+
+def test_a_default_plan_of_a_small_decoder_tries_every_format() -> None:
+    batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
+    result = geofx.optimize(tiny_models.build("llama"), geofx.Budget(size=0.8), calibration=batches)
+    told = {row.detail.split()[0] for row in result.plan.rejections if row.reason == "SCREENED"}
+    told |= {row.factorization for row in result.plan.rejections}
+    told |= {choice.factorization.name for choice in result.plan.choices}
+    assert {item.name for item in FACTORIZATIONS if {"single", "shared_input"} & item.regions} <= told
