@@ -35,7 +35,7 @@ EFFORTS: Mapping[Level, Effort] = {
     "balanced": Effort(validated=True, rounds=1),
     "best": Effort(validated=True, rounds=2, refines=True),
 }
-"""By name. Of an optimization with ``"fast"``, ``"balanced"`` takes about 3 times as long, ``"best"`` 6."""
+"""By name. Beside ``"fast"``, ``"balanced"`` takes about 3 times as long, ``"best"`` 6 to 9 times."""
 
 
 def effort_named(level: str) -> Effort:

@@ -128,9 +128,10 @@ def test_files_and_functions_stay_small() -> None:
     assert lengths[len(lengths) * 9 // 10] <= 30
 
 
-def test_every_test_file_asserts_something() -> None:
+def test_every_test_file_asserts_something_and_is_small() -> None:
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, path
         assert "assert " in text or "pytest.raises" in text, path
 
 
