@@ -76,7 +76,7 @@ def test_a_table_that_grew_is_saved_as_it_is(tmp_path: Path) -> None:
     batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
     analysis = geofx.analyze(transformers.LlamaForCausalLM(config), batches)
     table = "model.embed_tokens.weight"
-    plan = analysis.plan(Budget(size=0.95), include="*").edit({table: TokenMPS(8, 2)})
+    plan = analysis.plan(Budget(size=0.95), include="*").edit({table: TokenMPS(64, 8)})
     model: Any = analysis.apply(plan).to_module()
     rows = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
     model.model.embed_tokens.add_tokens(rows)
