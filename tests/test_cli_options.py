@@ -112,6 +112,7 @@ def test_checks_come_before_work(
     arguments: list[str],
     code: int,
     message: str,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,7 +120,7 @@ def test_checks_come_before_work(
         raise AssertionError("work began before the checks")
 
     monkeypatch.setattr(cli_optimize, "load_source", unreachable)
-    assert main(["optimize", "model", "-o", "out", *arguments]) == code
+    assert main(["optimize", "model", "-o", str(tmp_path / "out"), *arguments]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
