@@ -185,12 +185,13 @@ def test_an_accelerated_schedule_that_goes_by_the_loss_is_told_it(decoder: Optim
         assert one["validation"] == pytest.approx(same["validation"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["validation", "holdout"])
 def test_row_62_rows_that_are_trained_and_measured_on_are_told(
-    decoder: OptimizedModel, caplog: pytest.LogCaptureFixture
+    decoder: OptimizedModel, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     data = batches("llama", 4)
     rows = len(data[0]["input_ids"])
-    decoder.recover(data, holdout=[data[0]], steps=1)
+    decoder.recover(data, **{name: [data[0]]}, steps=1)
     assert f"{rows} rows to measure on are among those trained or calibrated on" in caplog.text
 
 
