@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from geofx.cost_models.contract import Device
+from geofx.cost_models.contract import Device, Priced
+from geofx.errors import ConfigError
 from geofx.workload import Workload
-
-_REPEATS = 9
 
 
 @dataclass(frozen=True)
@@ -22,41 +15,39 @@ class Roofline:
     """The time that no schedule can beat: arithmetic or memory, whichever binds, and the launches.
 
     Attributes:
-        device: its peaks, from a data sheet or from `measured_device`.
+        device: its peaks.
         tokens: how many tokens a call processes; weights are read once per call.
+        dtype: whose peak counts.
+
+    Raises:
+        ConfigError: the device has no peak of that dtype.
     """
 
     device: Device
     tokens: int = 1
+    dtype: str = "float32"
 
     name: ClassVar[str] = "roofline"
+    unit: ClassVar[str] = "seconds"
 
-    def latency_s(self, work: Workload) -> float:
-        """Seconds of one call on ``tokens`` tokens."""
-        arithmetic = work.flops * self.tokens / self.device.flops_per_s
-        traffic = (work.weight_bytes + work.activation_bytes * self.tokens) / self.device.bytes_per_s
-        return max(arithmetic, traffic) + work.launches * self.device.launch_s
+    def __post_init__(self) -> None:
+        if self.dtype not in self.device.flops_per_s:
+            known = ", ".join(self.device.flops_per_s)
+            raise ConfigError(f"{self.device.name} has no peak of {self.dtype}", fix=f"use one of {known}")
 
+    def cost(self, item: Priced) -> float:
+        """Seconds of one call on ``tokens`` tokens, numbers being stored as ``dtype``."""
+        return self.latency_s(
+            item.workload, element_size(self.dtype) / element_size(item.region.sites[0].dtype)
+        )
 
-def measured_device(size: int = 1024) -> Device:
-    """This machine's CPU, by medians: a square matmul, a copy larger than any cache, and a tiny addition."""
-    square, small = torch.rand(size, size), torch.rand(1)
-    source = torch.rand(32 * 2**20 // 4)
-    target = torch.empty_like(source)
-    matmul_s = _median_s(lambda: square @ square)
-    copy_s = _median_s(lambda: target.copy_(source))
-    launch_s = _median_s(lambda: small + small)
-    copied_bytes = 2 * source.numel() * source.element_size()
-    return Device(
-        platform.processor() or platform.machine(), 2 * size**3 / matmul_s, copied_bytes / copy_s, launch_s
-    )
+    def latency_s(self, work: Workload, bytes_ratio: float = 1.0) -> float:
+        """Seconds of one call; ``bytes_ratio`` scales the bytes of ``work``."""
+        arithmetic = work.flops * self.tokens / self.device.flops_per_s[self.dtype]
+        traffic = bytes_ratio * (work.weight_bytes + work.activation_bytes * self.tokens)
+        return max(arithmetic, traffic / self.device.bytes_per_s) + work.launches * self.device.launch_s
 
 
-def _median_s(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def element_size(dtype: str) -> int:
+    """Bytes of a number."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)

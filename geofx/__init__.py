@@ -20,6 +20,7 @@ from geofx.plan import Plan  # noqa: E402
 from geofx.pretrained import register  # noqa: E402
 from geofx.program import Program  # noqa: E402
 from geofx.restore import load  # noqa: E402
+from geofx.target import Target  # noqa: E402
 from geofx.trace import trace  # noqa: E402
 
 register()
@@ -33,6 +34,7 @@ __all__ = [
     "OptimizedModel",
     "Plan",
     "Program",
+    "Target",
     "analyze",
     "compare",
     "load",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,18 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geofx.analysis_store import StoredAnalysis, save_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch
 from geofx.budget import Budget
+from geofx.cache import Cache, default_folder
 from geofx.choice import Totals
+from geofx.clock import Clock
 from geofx.compare_run import compare_analysis
 from geofx.comparison import Comparison
 from geofx.compression import parameter_mae
-from geofx.errors import ConfigError, NumericsError, VerificationError
+from geofx.digest import hash_tensors
+from geofx.errors import ConfigError, NumericsError
 from geofx.factorizations import Factored, Factorization, Factors
 from geofx.frontier import Axis, Frontier
 from geofx.frontier_run import frontier_of
@@ -38,19 +39,18 @@ from geofx.passes.lower import Lower
 from geofx.patterns import Patterns, matching
 from geofx.plan import Plan
 from geofx.planner import choose
-from geofx.program import Program, flat_tensors
+from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import TABLES
 from geofx.region_analysis import RegionAnalysis
+from geofx.result_checks import EDITED, require_finite_output, require_planned
 from geofx.site import Skip
 from geofx.stages import Stages
 from geofx.summary import summarize
+from geofx.target import Target, targets_of
 from geofx.verify import SEEN, Fidelity, Reference, verify
 
 logger = logging.getLogger(__name__)
-
-EDITED, CLOSEST = "edited", "closest"
-"""Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
 
 Rewrites = dict[str, Factored]
 Formats = tuple[type[Factorization], ...] | None
@@ -97,6 +97,7 @@ class Analysis:
         self.model_hash = hash_tensors(self.original.tensors())
         self._reference = Reference(self.original)
         self.flops_per_token, self._rows_per_token = count_flops(self.program)
+        self._clocks: dict[tuple[Target, ...], Clock] = {}
         self._options: dict[tuple[Formats, bool], tuple[list[Option], list[Skip]]] = {}
 
     def plan(
@@ -107,13 +108,14 @@ class Analysis:
         ignore: Patterns = (),
         formats: Iterable[str | type[Factorization]] | str | type[Factorization] | None = None,
         refused: Mapping[tuple[str, str], str] | None = None,
+        target: Target | Iterable[Target] | None = None,
     ) -> Plan:
         """The plan of least predicted loss within ``budget``, exact; milliseconds to seconds.
 
         ``include`` and ``ignore`` are globs or ``re:`` patterns of weight names; ``refused`` maps (region,
         format) to the reason why it must not be taken. ``formats`` are those to choose from, names or
         classes, each fitted where it has no closed form; by default all that `geofx.screening` finds worth
-        a fit.
+        a fit. ``target`` is what a budget for the latency is of, as `geofx.clock` times or computes it.
 
         Tables (embeddings) are rewritten only where ``include`` matches them, as ``"*"`` does: what is
         predicted for rows that calibration has hardly read is an extrapolation, and can be far too low.
@@ -155,15 +157,29 @@ class Analysis:
                 and (option.region.name, option.factorization.name) not in barred
             )
         ]
+        fixed, untimed = self._fixed(options), list[Skip]()
+        if budget.latency is not None:
+            with self.stages("time options"):
+                kept, outside_s, untimed = self.clock(target).priced(kept)
+            fixed = replace(fixed, latency_s=outside_s)
         with self.stages("plan"):
             return choose(
                 kept,
                 budget,
-                self._fixed(options),
-                skips=(*self.skips, *skips, *ignored, *unnamed, *failed),
+                fixed,
+                skips=(*self.skips, *skips, *ignored, *unnamed, *failed, *untimed),
                 model_hash=self.model_hash,
                 unit=self.moments.unit,
             )
+
+    def clock(self, target: Target | Iterable[Target] | None = None) -> Clock:
+        """What the model takes on one target or several; by default as `geofx.Target` has it."""
+        targets = targets_of(target)
+        if targets not in self._clocks:
+            totals = Totals(self.original.size_bytes(), self.original.parameter_count(), self.flops_per_token)
+            kept = Cache(default_folder("latency"))
+            self._clocks[targets] = Clock(self.original, targets, totals, kept, self.progress)
+        return self._clocks[targets]
 
     def apply(self, plan: Plan, holdout: list[Batch] | None = None) -> OptimizedModel:
         """Fit, lower, clean up and verify ``plan`` on a clone.
@@ -282,7 +298,7 @@ class Analysis:
         with self.stages("rewrite"):
             program = self.program.clone()
             run_passes(program, [Lower(rewrites), Cleanup()], written=[SITE])
-        _require_planned(program, plan)
+        require_planned(program, plan)
         return program
 
     def finish(self, plan: Plan, rewrites: Rewrites, holdout: list[Batch] | None = None) -> OptimizedModel:
@@ -291,7 +307,7 @@ class Analysis:
         program = self.lower(plan, rewrites)
         held = self.holdout if holdout is None else holdout
         if not held:
-            _require_finite_output(program)
+            require_finite_output(program)
         fidelity = self._verified(program, rewrites, held) if held else None
         return OptimizedModel(
             program=program,
@@ -351,15 +367,6 @@ class Analysis:
         )
 
 
-def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: the identity of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def config_of(module: nn.Module | None) -> dict[str, Any] | None:
     """The Hugging Face configuration of a model that has one, naming its own class."""
     config = getattr(module, "config", None)
@@ -372,29 +379,3 @@ def _stored(factors: Factors, analysis: RegionAnalysis) -> Factors:
     """Factors on the weight's device, contiguous."""
     weight = next(iter(analysis.weights.values()))
     return {name: part.to(weight.device).contiguous() for name, part in factors.items()}
-
-
-def _require_planned(program: Program, plan: Plan) -> None:
-    """The graph stores what the plan said; a plan that was not edited also keeps its budget."""
-    stored = {"size": program.size_bytes(), "parameters": program.parameter_count()}
-    said = {"size": plan.predicted.bytes, "parameters": plan.predicted.parameters}
-    for name, value in stored.items():
-        if value != said[name]:
-            raise VerificationError(
-                f"the result holds {value} ({name}), the plan said {said[name]}", fix="report this as a bug"
-            )
-    used = plan.used
-    over = [name for name in plan.limits if name in stored and (used[name] or 0) > plan.limits[name]]
-    if over and plan.solver.status in (EDITED, CLOSEST):
-        logger.warning("the plan exceeds its budget in %s", ", ".join(over))
-    elif over:
-        raise VerificationError(
-            f"the result exceeds its budget in {', '.join(over)}", fix="report this as a bug"
-        )
-
-
-def _require_finite_output(program: Program) -> None:
-    with torch.no_grad(), program.buffers_kept():
-        output = flat_tensors(program(**program.example))
-    if any(value.isnan().any() for value in output if value.is_floating_point()):
-        raise NumericsError("the optimized model gives NaN on its example", fix="raise the budget")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.export import ExportedProgram
 
-from geofx.analysis import Analysis, config_of, hash_tensors
+from geofx.analysis import Analysis, config_of
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
 from geofx.batches import Batch, split, spread, warn_of_shared_rows
 from geofx.budget import Budget
+from geofx.digest import hash_tensors
 from geofx.effort import Effort, Level, effort_named, loss_on
 from geofx.errors import (
     ArtifactMismatchError,
@@ -44,6 +45,7 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
+from geofx.target import Target
 from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
 
@@ -295,6 +297,7 @@ def optimize(
     progress: Progress = log_progress,
     files: Mapping[str, bytes] | None = None,
     effort: Level = "fast",
+    target: Target | Iterable[Target] | None = None,
 ) -> OptimizedModel:
     """Compress ``model`` to ``budget`` with the least predicted loss; the other arguments are `analyze`'s.
 
@@ -303,9 +306,11 @@ def optimize(
     Args:
         include: patterns of the weights that may be rewritten; by default all but tables (`Analysis.plan`).
         ignore: patterns of weights that may not; a pattern that matches nothing is an error.
+        target: what a budget for the latency is of; several are weighed by their ``weight``.
 
     Raises:
-        BudgetInfeasibleError: no plan meets the budget; carries the smallest.
+        BudgetInfeasibleError: no plan meets the budget; carries the smallest. Or none was measured to be as
+            fast as asked; carries the best result.
     """
     if isinstance(model, nn.Module):
         matching([name for name, _ in model.named_parameters(remove_duplicate=False)], include or (), ignore)
@@ -322,4 +327,4 @@ def optimize(
         files=files,
         effort=effort,
     )
-    return optimize_analysis(analysis, budget, include=include, ignore=ignore)
+    return optimize_analysis(analysis, budget, include=include, ignore=ignore, target=target)

@@ -23,15 +23,15 @@ from geofx.tensor_file import describe, read_tensors, storable, write_tensors
 logger = logging.getLogger(__name__)
 
 
-def default_folder() -> Path:
-    """Where comparisons are kept: ``geofx/compare`` in the user's cache folder of this system."""
+def default_folder(kind: str = "compare") -> Path:
+    """Where comparisons, or ``"latency"``, are kept: ``geofx/compare`` in this system's cache folder."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData/Local")
     elif sys.platform == "darwin":
         base = str(Path.home() / "Library/Caches")
     else:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "geofx" / "compare"
+    return Path(base) / "geofx" / kind
 
 
 @dataclass(frozen=True)

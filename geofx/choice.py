@@ -40,19 +40,28 @@ StoredFactorization = Annotated[
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes and numbers stored, flops per token."""
+    """Bytes and numbers stored, flops per token, seconds on the targets (0 where none was asked)."""
 
     bytes: int
     parameters: int
     flops: float
+    latency_s: float = 0.0
 
     __pydantic_config__ = STRICT
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(self.bytes + other.bytes, self.parameters + other.parameters, self.flops + other.flops)
+        return self._joined(other, 1)
 
     def __sub__(self, other: Totals) -> Totals:
-        return Totals(self.bytes - other.bytes, self.parameters - other.parameters, self.flops - other.flops)
+        return self._joined(other, -1)
+
+    def _joined(self, other: Totals, sign: int) -> Totals:
+        return Totals(
+            self.bytes + sign * other.bytes,
+            self.parameters + sign * other.parameters,
+            self.flops + sign * other.flops,
+            self.latency_s + sign * other.latency_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Choice:
     Attributes:
         shapes: (out, in) of each weight, canonical.
         biased: names of the weights to whose products a bias is added.
+        latency_s: of the targets, and ``dense_latency_s``; 0 where none was asked.
         loss: predicted increase; None where it was not predicted (edited by hand).
     """
 
@@ -79,18 +89,20 @@ class Choice:
     dense_bytes: Count
     dense_flops: float
     biased: tuple[str, ...] = ()
+    latency_s: float = 0.0
+    dense_latency_s: float = 0.0
 
     __pydantic_config__ = STRICT
 
     @property
     def price(self) -> Totals:
         """What the chosen factors store and compute."""
-        return Totals(self.bytes, self.parameters, self.flops)
+        return Totals(self.bytes, self.parameters, self.flops, self.latency_s)
 
     @property
     def dense(self) -> Totals:
         """What the weights as they were store and compute."""
-        return Totals(self.dense_bytes, self.dense_parameters, self.dense_flops)
+        return Totals(self.dense_bytes, self.dense_parameters, self.dense_flops, self.dense_latency_s)
 
     @property
     def is_dense(self) -> bool:

@@ -38,6 +38,8 @@ def optimize(
     size: options.Size = None,
     parameters: options.Parameters = None,
     flops: options.Flops = None,
+    latency: options.Latency = None,
+    target: options.Targets = None,
     loss: options.Loss = None,
     scope: options.Scope = "model",
     include: options.Include = None,
@@ -52,7 +54,8 @@ def optimize(
     as_json: options.Json = False,
 ) -> None:
     """Compress MODEL to a budget, verify it on held-out data and save it in OUT."""
-    budget = options.budget_of(size, parameters, flops, loss, scope)
+    budget = options.budget_of(size, parameters, flops, latency, loss, scope)
+    targets = options.targets_of(target, latency)
     options.check_loss(loss, mode)
     check_target(output, overwrite=overwrite)
     check_files(html)
@@ -63,7 +66,7 @@ def optimize(
             source = load_source(model)
         options.check_patterns(source, include, ignore)
         analysis = new_analysis(source, wanted, progress)
-        result = optimize_analysis(analysis, budget, include=include, ignore=ignore or ())
+        result = optimize_analysis(analysis, budget, include=include, ignore=ignore or (), target=targets)
         result = _saved(result, analysis, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 
@@ -80,6 +83,8 @@ def plan(
     size: options.Size = None,
     parameters: options.Parameters = None,
     flops: options.Flops = None,
+    latency: options.Latency = None,
+    target: options.Targets = None,
     loss: options.Loss = None,
     scope: options.Scope = "model",
     include: options.Include = None,
@@ -93,7 +98,8 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
-    budget = options.budget_of(size, parameters, flops, loss, scope)
+    budget = options.budget_of(size, parameters, flops, latency, loss, scope)
+    targets = options.targets_of(target, latency)
     wanted = Wanted(text, data, None, mode, tokens, length, seed, effort)
     kept = check_written(None if dry_run else output, None, analysis, wanted, context)
     options.check_loss(loss, mode if kept is None else kept.mode)
@@ -103,7 +109,7 @@ def plan(
             source = load_source(model)
         options.check_patterns(source, include, ignore)
         found = kept_or_new(analysis, source, wanted, progress)
-        made = found.plan(budget, include=include, ignore=ignore or ())
+        made = found.plan(budget, include=include, ignore=ignore or (), target=targets)
         if not dry_run:
             write_file(output, made.to_json())
     if as_json:

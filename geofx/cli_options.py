@@ -17,6 +17,7 @@ from geofx.effort import Level
 from geofx.errors import CalibrationError, ConfigError
 from geofx.patterns import matching
 from geofx.sources import Source, call_named
+from geofx.target import Target
 from geofx.text import WINDOW_TOKENS as WINDOW_TOKENS
 from geofx.text import Texts, python_text, require_file, windows
 from geofx.trace import forward_names
@@ -68,6 +69,18 @@ Size = Annotated[
 ]
 Parameters = Annotated[str | None, typer.Option(metavar="AMOUNT", help="Numbers stored: a share or a count.")]
 Flops = Annotated[str | None, typer.Option(metavar="AMOUNT", help="Flops per token: a share or a count.")]
+Latency = Annotated[
+    str | None, typer.Option(metavar="AMOUNT", help="Time of a call, as measured: a share (0.8) or 12ms.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="RUNTIME",
+        help="What --latency is of: eager, compile or onnxruntime, and what differs from "
+        "eager,device=cpu,batch=1,tokens=128. May be given several times, with weight=.",
+    ),
+]
 Loss = Annotated[
     float | None, typer.Option(help="Largest predicted increase of the loss, in nats per token.")
 ]
@@ -94,15 +107,49 @@ def given(context: typer.Context) -> set[str]:
 
 
 def budget_of(
-    size: str | None, parameters: str | None, flops: str | None, loss: float | None, scope: Any
+    size: str | None,
+    parameters: str | None,
+    flops: str | None,
+    latency: str | None,
+    loss: float | None,
+    scope: Any,
 ) -> Budget:
     """The budget that the options ask for.
 
     Raises:
         ConfigError: none was given, or one has no accepted form.
     """
-    amounts = {"size": size, "parameters": parameters, "flops": flops}
+    amounts = {"size": size, "parameters": parameters, "flops": flops, "latency": latency}
     return Budget(**{name: _amount(name, text) for name, text in amounts.items()}, loss=loss, scope=scope)
+
+
+def targets_of(texts: Iterable[str] | None, latency: str | None) -> tuple[Target, ...] | None:
+    """``onnxruntime,tokens=512,weight=2`` as a target.
+
+    Raises:
+        ConfigError: it has another form, or there is no budget for the latency.
+    """
+    if not texts:
+        return None
+    if latency is None:
+        raise ConfigError("--target says what --latency is of", fix="give --latency 0.8")
+    return tuple(_target(text) for text in texts)
+
+
+def _target(text: str) -> Target:
+    runtime, *settings = text.split(",")
+    pairs = dict(setting.partition("=")[::2] for setting in settings)
+    numbers = {"batch": int, "tokens": int, "weight": float}
+    known = {**numbers, "device": str, "dtype": str}
+    for name in pairs:
+        if name not in known:
+            raise ConfigError(f"no setting {name!r}", where=text, fix=f"use {', '.join(known)}")
+    try:
+        return Target(runtime, **{name: known[name](value) for name, value in pairs.items()})  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(
+            f"a target's setting is no number: {error}", where=text, fix="give tokens=128"
+        ) from error
 
 
 def shares_of(text: str, whole: bool = False) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from geofx.analysis import hash_tensors
+from geofx.digest import hash_tensors
 from geofx.errors import ConfigError
 from geofx.model import OptimizedModel
 from geofx.program import Program

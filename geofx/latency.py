@@ -15,7 +15,16 @@ LIMIT_S, LEAST_ROUNDS = 30.0, 3
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int = 7, progress: Progress = log_progress
 ) -> dict[str, float]:
-    """Median seconds of each call over ``rounds`` turns of one call each, after one unmeasured turn.
+    """Median seconds of each call, of its `interleaved_times`."""
+    return {
+        name: statistics.median(found) for name, found in interleaved_times(calls, rounds, progress).items()
+    }
+
+
+def interleaved_times(
+    calls: Mapping[str, Callable[[], object]], rounds: int, progress: Progress = log_progress
+) -> dict[str, list[float]]:
+    """Seconds of each call in ``rounds`` turns of one call each, after one unmeasured turn.
 
     Once `LIMIT_S` have passed, `LEAST_ROUNDS` are enough.
     """
@@ -32,4 +41,4 @@ def interleaved_medians(
             call()
             times[name].append(time.perf_counter() - start)
         progress("measure latency", done + 1, rounds)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times

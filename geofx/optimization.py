@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,17 +13,17 @@ from geofx.budget import Budget
 from geofx.choice import SolverReport
 from geofx.errors import BudgetInfeasibleError, NumericsError
 from geofx.factorizations import Factorization
+from geofx.latency_budget import Wanted, confirmed, fitted, in_time
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
 from geofx.patterns import Patterns
 from geofx.plan import Plan
+from geofx.target import Target
 from geofx.training import native_autocast
 from geofx.uniform import uniform_plan
 
 logger = logging.getLogger(__name__)
 
-REPLANS = 8
-"""How often `optimize` plans anew without the settings that could not be fitted."""
 PROBES = 4
 """How often it plans for a budget of the loss at most, each time with the loss measured at the last plan."""
 NEAR_RATIO = 0.85
@@ -37,33 +38,43 @@ def optimize_analysis(
     *,
     include: Patterns | None = None,
     ignore: Patterns = (),
+    target: Target | Iterable[Target] | None = None,
 ) -> OptimizedModel:
     """`optimize` from an analysis that is there already.
 
     Where it has validation batches, a budget for the loss is planned for anew with the loss expected of the
     last plan, one share of every matrix is taken instead where that is nearer to the original on them, and
     the predicted loss is `Analysis.expected_loss` of what comes out.
+
+    With a budget for the latency, what comes out is timed against the original, and plans are made anew
+    until it is as fast as asked: `geofx.latency_budget`.
+
+    Raises:
+        BudgetInfeasibleError: no plan meets the budget; or none was as fast when it was measured.
     """
-    with analysis.stages("choose") if analysis.validation else nullcontext():
-        plan, rewrites = _nearest(analysis, budget, include, ignore)
-        if analysis.validation and rewrites:
-            plan, rewrites = _or_uniform(analysis, plan, rewrites, include, ignore)
+    wanted = Wanted(include, ignore, target)
+    timed = budget.latency is not None
+    with analysis.stages("choose") if analysis.validation or timed else nullcontext():
+        choose = in_time if timed else _nearest
+        plan, rewrites = choose(analysis, budget, wanted)
+        if analysis.validation and rewrites and not timed:
+            plan, rewrites = _or_uniform(analysis, plan, rewrites, include or (), ignore)
     result = refined(analysis, plan, rewrites) if analysis.refines and rewrites else None
     result = result or analysis.finish(plan, rewrites)
     if analysis.validation and rewrites:
         result = foreseen(analysis, result)
+    if timed:
+        return confirmed(analysis, result, target)
     lost = result.plan.loss or 0.0
     if budget.loss is not None and lost > budget.loss:
         logger.warning("no plan is expected to lose at most %.3g; the nearest loses %.3g", budget.loss, lost)
     return result
 
 
-def _nearest(
-    analysis: Analysis, budget: Budget, include: Patterns | None, ignore: Patterns
-) -> tuple[Plan, Rewrites]:
+def _nearest(analysis: Analysis, budget: Budget, wanted: Wanted) -> tuple[Plan, Rewrites]:
     """The plan that loses most within a budget of the loss, else the one that exceeds it least."""
     limit = math.inf if budget.loss is None else budget.loss
-    plan, rewrites = _fitted(analysis, budget, include, ignore)
+    plan, rewrites = fitted(analysis, budget, wanted)
     if not analysis.validation or budget.loss is None:
         return plan, rewrites
     best = analysis.probe(plan, rewrites, analysis.expected_loss), rewrites
@@ -72,7 +83,7 @@ def _nearest(
             break
         before = _forms(plan)
         try:
-            plan, rewrites = _fitted(analysis, budget, include, ignore)
+            plan, rewrites = fitted(analysis, budget, wanted)
         except BudgetInfeasibleError:  # as far as is known by now
             break
         if _forms(plan) == before:
@@ -93,10 +104,10 @@ def _distance(plan: Plan, limit: float) -> tuple[bool, float]:
 
 
 def _or_uniform(
-    analysis: Analysis, plan: Plan, rewrites: Rewrites, include: Patterns | None, ignore: Patterns
+    analysis: Analysis, plan: Plan, rewrites: Rewrites, include: Patterns, ignore: Patterns
 ) -> tuple[Plan, Rewrites]:
     """``plan``, or one share of every matrix where that is nearer to the original on validation batches."""
-    allowed = analysis.allowed(include or (), ignore)
+    allowed = analysis.allowed(include, ignore)
     regions = [item for item in analysis.regions.values() if allowed.issuperset(item.region.weights)]
     same = uniform_plan(plan, regions)
     if same is None:
@@ -159,21 +170,3 @@ def foreseen(analysis: Analysis, result: OptimizedModel) -> OptimizedModel:
         regions=tuple(replace(row, loss=losses[row.name]) for row in result.report.regions),
     )
     return replace(result, plan=plan, report=report)
-
-
-def _fitted(
-    analysis: Analysis, budget: Budget, include: Patterns | None, ignore: Patterns
-) -> tuple[Plan, Rewrites]:
-    """The best plan of those that can be fitted, and its factors."""
-    refused: dict[tuple[str, str], str] = {}
-    for _ in range(REPLANS):
-        plan = analysis.plan(budget, include=include, ignore=ignore, refused=refused)
-        rewrites, failures = analysis.fit(plan)
-        if not failures:
-            return analysis.as_fitted(plan, rewrites), rewrites
-        names = {choice.region: choice.factorization.name for choice in plan.choices}
-        refused |= {(region, names[region]): str(why) for region, why in failures.items()}
-    regions = ", ".join(sorted({region for region, _ in refused})[:5])
-    raise NumericsError(
-        f"{REPLANS} plans could not be fitted", where=regions, fix="leave these out by ignore="
-    )

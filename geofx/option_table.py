@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 
 from geofx.budget import Budget, Resource
 from geofx.choice import Totals
+from geofx.cost_models import Flops, Size
 from geofx.errors import ConfigError, NumericsError
 from geofx.options import Option
 from geofx.partition import Floats, Indices, Problem
@@ -20,9 +21,10 @@ from geofx.region import OWN
 
 Caps = dict[Resource, float]
 _USE: dict[Resource, Callable[[Option], float]] = {
-    "size": lambda option: option.workload.weight_bytes,
+    "size": Size().cost,
     "parameters": lambda option: option.workload.parameters,
-    "flops": lambda option: option.workload.flops,
+    "flops": Flops().cost,
+    "latency": lambda option: option.latency_s,
     "loss": lambda option: option.loss,
 }
 
@@ -112,7 +114,7 @@ class OptionTable:
     def caps(self) -> Caps:
         """The largest sum over chosen options that the budget leaves of each limited resource."""
         scope = self.total_dense if self.budget.scope == "model" else self.factorizable
-        limits = self.budget.limits(scope.bytes, scope.parameters, scope.flops)
+        limits = self.budget.limits(scope.bytes, scope.parameters, scope.flops, scope.latency_s)
         return {resource: limit - self.outside(resource) for resource, limit in limits.items()}
 
     def outside(self, resource: Resource) -> float:
@@ -122,6 +124,7 @@ class OptionTable:
             "size": untouched.bytes,
             "parameters": untouched.parameters,
             "flops": untouched.flops,
+            "latency": untouched.latency_s,
             "loss": 0.0,
         }[resource]
 
@@ -178,4 +181,4 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 def price_of(option: Option) -> Totals:
     """What an option stores and computes."""
     work = option.workload
-    return Totals(work.weight_bytes, work.parameters, work.flops)
+    return Totals(work.weight_bytes, work.parameters, work.flops, option.latency_s)

@@ -28,12 +28,16 @@ class Option:
 
     Attributes:
         loss: predicted increase in the analysis' unit, >= 0.
+        rows_per_token: how often the region is used by a token.
+        latency_s: of a call on the targets; 0 where none was asked.
     """
 
     region: Region
     factorization: Factorization
     workload: Workload
     loss: float
+    rows_per_token: float = 1.0
+    latency_s: float = 0.0
 
     @property
     def is_dense(self) -> bool:
@@ -109,7 +113,7 @@ def _options_of(
         return [], [Skip(region.name, reason, f"{member.name} proposes nothing smaller")]
     try:
         return [
-            Option(region, item, work.times(rows), item.predicted_loss(region, analysis))
+            Option(region, item, work.times(rows), item.predicted_loss(region, analysis), rows)
             for item, work in (gaining if member.closed_form else _thinned(gaining))
         ], []
     except NumericsError as error:

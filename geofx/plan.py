@@ -102,7 +102,7 @@ class Plan:
     def limits(self) -> dict[Resource, float]:
         """The largest allowed value of each limited resource, in the budget's scope."""
         scope = self.dense if self.budget.scope == "model" else self.factorizable
-        return self.budget.limits(scope.bytes, scope.parameters, scope.flops)
+        return self.budget.limits(scope.bytes, scope.parameters, scope.flops, scope.latency_s)
 
     @property
     def used(self) -> dict[Resource, float | None]:
@@ -114,6 +114,7 @@ class Plan:
             "size": total.bytes,
             "parameters": total.parameters,
             "flops": total.flops,
+            "latency": total.latency_s,
             "loss": self.loss,
         }
         return {resource: every[resource] for resource in self.limits}
@@ -285,8 +286,11 @@ def _lines(plan: Plan) -> Iterator[str]:
         ("size", plan.dense.bytes, plan.predicted.bytes),
         ("parameters", plan.dense.parameters, plan.predicted.parameters),
         ("flops", plan.dense.flops, plan.predicted.flops),
+        ("latency", plan.dense.latency_s, plan.predicted.latency_s),
     )
     for resource, before, after in totals:
+        if resource == "latency" and not before:
+            continue
         share = after / before if before else 1.0
         yield f"  {describe(resource, before)} -> {describe(resource, after)} ({share:.1%})"
     yield f"  predicted {'loss unknown' if plan.loss is None else describe('loss', plan.loss, plan.unit)}"

@@ -136,6 +136,7 @@ class _Request:
             "size": lambda choice: choice.bytes,
             "parameters": lambda choice: choice.parameters,
             "flops": lambda choice: choice.flops,
+            "latency": lambda choice: choice.latency_s,
             "loss": lambda choice: choice.loss or 0.0,
         }
         counted = [
@@ -168,6 +169,8 @@ def _choice(option: Option, dense_of: dict[str, Totals]) -> Choice:
         dense_bytes=dense.bytes,
         dense_flops=dense.flops,
         biased=biased_in(region),
+        latency_s=price.latency_s,
+        dense_latency_s=dense.latency_s,
     )
 
 

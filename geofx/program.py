@@ -132,12 +132,17 @@ class Program:
 
     def on_cpu(self) -> Program:
         """This program, or a clone where parameters have left the CPU with the model that shares them."""
-        moved = [(name, tensor) for name, tensor in self.tensors() if tensor.device.type != "cpu"]
-        if not moved:
+        return self.moved("cpu")
+
+    def moved(self, device: str) -> Program:
+        """This program, or a clone with all tensors on ``device``."""
+        known = torch.device(device).type
+        elsewhere = [(name, tensor) for name, tensor in self.tensors() if tensor.device.type != known]
+        if not elsewhere:
             return self
         clone = self.clone()
-        for name, tensor in moved:
-            clone.set_tensor(name, tensor.detach().cpu(), trainable=tensor.requires_grad)
+        for name, tensor in elsewhere:
+            clone.set_tensor(name, tensor.detach().to(device), trainable=tensor.requires_grad)
         return clone
 
     @contextmanager

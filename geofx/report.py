@@ -59,6 +59,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Original and optimized in turns on one target.
+
+    Attributes:
+        target: in words; ``weight`` is that of its seconds beside those of others.
+        original_s: median of one call, and ``optimized_s``.
+        ratio: median of the ratios of neighbouring calls.
+        rounds: how many of each.
+    """
+
+    target: str
+    weight: float
+    original_s: float
+    optimized_s: float
+    ratio: float
+    rounds: int
+
+
+@dataclass(frozen=True)
 class CalibrationCard:
     """What the statistics were taken from."""
 
@@ -112,6 +131,7 @@ class Report:
         predicted_loss: sum over regions, in the calibration card's unit.
         fidelity: figures of `geofx.verify.Fidelity` by name, and their ``unit``.
         notes: fallbacks and warnings that a reader should know of.
+        timings: of each target of a budget for the latency, and ``predicted_latency_ratio``, of their sum.
         recovery: of a training after the rewrite, the step, the training and the validation loss at each
             validation.
     """
@@ -129,6 +149,8 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=environment)
     notes: tuple[str, ...] = ()
     recovery: tuple[Mapping[str, float], ...] = ()
+    timings: tuple[Timing, ...] = ()
+    predicted_latency_ratio: float | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -35,7 +35,7 @@ class Cell:
 def comparison(report: Report) -> tuple[Row, ...]:
     """Original against optimized, one row per figure that was taken of either."""
     rows = [_row(label, name, form, report) for label, name, form in FIGURES]
-    return tuple(row for row in (*rows, *_differences(report)) if row is not None)
+    return tuple(row for row in (*rows, *_timings(report), *_differences(report)) if row is not None)
 
 
 def recovery_rows(report: Report) -> tuple[tuple[str, str, str], ...]:
@@ -118,6 +118,15 @@ def _row(label: str, name: str, form: Format, report: Report) -> Row | None:
     return Row(label, _shown(before, form), _shown(after, form), _change(name, before, after))
 
 
+def _timings(report: Report) -> Iterator[Row]:
+    """Each target of a budget for the latency; the change is the median of ratios of neighbouring calls."""
+    for item in report.timings:
+        change = f"{item.ratio - 1.0:+.1%}".replace("%", " %")
+        yield Row(
+            f"Latency, {item.target}", in_seconds(item.original_s), in_seconds(item.optimized_s), change
+        )
+
+
 def _shown(value: float | None, form: Format) -> str:
     return ABSENT if value is None else form(value)
 
@@ -140,6 +149,7 @@ def _differences(report: Report) -> Iterator[Row]:
         ("KL(original ‖ optimized), nats", report.figure("kl"), in_loss),
         ("Top-1 agreement", report.figure("top1_agreement"), in_percent),
         ("Relative L2 of the outputs", report.figure("relative_l2"), in_loss),
+        ("Predicted latency, of the original's", report.predicted_latency_ratio, in_percent),
         (f"Predicted loss{unit}", report.predicted_loss, in_loss),
         ("Measured loss increase", report.measured_loss, in_loss),
     )

@@ -46,8 +46,8 @@ def test_every_exit_code_of_every_error_is_documented() -> None:
 
 
 OPTIMIZE_OPTIONS = (
-    "--output -o --text --data --holdout --size --parameters --flops --loss --scope --include --ignore "
-    "--mode --tokens --length --effort --seed --html --overwrite --json --help -h"
+    "--output -o --text --data --holdout --size --parameters --flops --latency --target --loss --scope "
+    "--include --ignore --mode --tokens --length --effort --seed --html --overwrite --json --help -h"
 )
 
 
@@ -172,7 +172,7 @@ def test_row_123_an_error_cannot_drive_the_terminal(
     ],
 )
 def test_amounts(text: str, value: Any) -> None:
-    budget = cli_options.budget_of(text, None, None, None, "model")
+    budget = cli_options.budget_of(text, None, None, None, None, "model")
     assert budget.size == value
     assert type(budget.size) is type(value)
 

@@ -19,16 +19,17 @@ LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
     "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_frontier geofx.cli_original "
     "geofx.cli_recover geofx.cli_taxonomy geofx.taxonomy geofx.demo geofx.doctor",
-    "geofx.api geofx.restore geofx.compare geofx.optimization",
+    "geofx.api geofx.restore geofx.compare geofx.optimization geofx.latency_budget",
     "geofx.analysis",
+    "geofx.clock",
     "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
     "geofx.model geofx.sources geofx.text geofx.gguf_header geofx.recovery geofx.training geofx.checkpoint",
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
     "geofx.artifact geofx.stand_in geofx.graph_json geofx.graph_tree geofx.graph_ops "
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
-    "geofx.compare_subjects geofx.charts geofx.frontier geofx.frontier_views",
-    "geofx.huggingface geofx.pretrained",
+    "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views",
+    "geofx.huggingface geofx.pretrained geofx.runtimes geofx.result_checks",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
     "geofx.generated_text",
     "geofx.passes",
@@ -40,10 +41,11 @@ LAYERS = (
     "geofx.method geofx.recipes geofx.papers geofx.effort geofx.uniform",
     "geofx.cost_models",
     "geofx.workload",
+    "geofx.piece",
     "geofx.factorizations geofx.ops",
     "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry "
     "geofx.subspaces",
-    "geofx.budget geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
+    "geofx.budget geofx.target geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
     "geofx.strict_json geofx.record_file geofx.folder geofx.digest",
     "geofx.errors",
 )

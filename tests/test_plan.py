@@ -227,7 +227,7 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
         ),
         (put("choices", 0, "factorization", value="low_rank"), "choices[0].factorization"),
         (put("budget", "size", value="0.6"), "size '0.6' is not a budget"),
-        (put("budget", "latency", value=1), "budget.latency"),
+        (put("budget", "colour", value=1), "budget.colour"),
         (put("solver", "gap", value="small"), "solver.gap"),
         (put("schema_version", value=2), "schema_version"),
         (drop("schema_version"), "schema_version"),

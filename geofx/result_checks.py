@@ -1,0 +1,43 @@
+"""What a result must be before anybody gets it: as small as planned, and finite."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from geofx.errors import NumericsError, VerificationError
+from geofx.plan import Plan
+from geofx.program import Program, flat_tensors
+
+logger = logging.getLogger(__name__)
+
+EDITED, CLOSEST = "edited", "closest"
+"""Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
+
+
+def require_planned(program: Program, plan: Plan) -> None:
+    """The graph stores what the plan said; a plan that was not edited also keeps its budget."""
+    stored = {"size": program.size_bytes(), "parameters": program.parameter_count()}
+    said = {"size": plan.predicted.bytes, "parameters": plan.predicted.parameters}
+    for name, value in stored.items():
+        if value != said[name]:
+            raise VerificationError(
+                f"the result holds {value} ({name}), the plan said {said[name]}", fix="report this as a bug"
+            )
+    used = plan.used
+    over = [name for name in plan.limits if name in stored and (used[name] or 0) > plan.limits[name]]
+    if over and plan.solver.status in (EDITED, CLOSEST):
+        logger.warning("the plan exceeds its budget in %s", ", ".join(over))
+    elif over:
+        raise VerificationError(
+            f"the result exceeds its budget in {', '.join(over)}", fix="report this as a bug"
+        )
+
+
+def require_finite_output(program: Program) -> None:
+    """Raises NumericsError where the program gives NaN on its example."""
+    with torch.no_grad(), program.buffers_kept():
+        output = flat_tensors(program(**program.example))
+    if any(value.isnan().any() for value in output if value.is_floating_point()):
+        raise NumericsError("the optimized model gives NaN on its example", fix="raise the budget")
