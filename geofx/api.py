@@ -27,6 +27,7 @@ from geofx.errors import (
     ResourceError,
 )
 from geofx.generated_text import generated_text
+from geofx.latency_budget import check_wanted
 from geofx.model import OptimizedModel
 from geofx.moments import UNITS, Mode, Moments, pooled
 from geofx.objective import Custom, Objective, SquaredError, UserLoss, choose_objective
@@ -45,7 +46,7 @@ from geofx.region_analysis import RegionAnalysis
 from geofx.site import Skip
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
-from geofx.target import Target
+from geofx.target import Target, targets_of
 from geofx.text import batches_of, longest_sequence
 from geofx.trace import input_names, trace
 
@@ -312,6 +313,8 @@ def optimize(
         BudgetInfeasibleError: no plan meets the budget; carries the smallest. Or none was measured to be as
             fast as asked; carries the best result.
     """
+    target = None if target is None else targets_of(target)
+    check_wanted(budget, target)
     if isinstance(model, nn.Module):
         matching([name for name, _ in model.named_parameters(remove_duplicate=False)], include or (), ignore)
     analysis = analyze(

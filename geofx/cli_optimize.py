@@ -14,6 +14,7 @@ from geofx.analysis import Analysis
 from geofx.cli_analysis import Wanted, check_kept, check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
 from geofx.folder import check_files, check_target, write_file
+from geofx.latency_budget import check_wanted
 from geofx.model import OptimizedModel
 from geofx.optimization import optimize_analysis
 from geofx.plan import Plan
@@ -56,6 +57,7 @@ def optimize(
     """Compress MODEL to a budget, verify it on held-out data and save it in OUT."""
     budget = options.budget_of(size, parameters, flops, latency, loss, scope)
     targets = options.targets_of(target, latency)
+    check_wanted(budget, targets)
     options.check_loss(loss, mode)
     check_target(output, overwrite=overwrite)
     check_files(html)

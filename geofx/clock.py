@@ -64,9 +64,7 @@ class Clock:
     saving_ratio: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        if len({target.is_measured for target in self.targets}) > 1:
-            fix = "optimize for one kind at a time"
-            raise ConfigError("some targets are measured here and some computed", where="target", fix=fix)
+        check_targets(self.targets)
         self._models = {target: self._model(target) for target in self.targets}
         self._calls: dict[Target, Callable[[], Any]] = {}
 
@@ -151,11 +149,7 @@ class Clock:
 
     def _model(self, target: Target) -> Measured | Roofline:
         if target.is_measured:
-            require_runtime(target)
             return Measured(PieceTimer(target, self.cache, self.progress), self._tokens(target))
-        if target.device not in DEVICES:
-            fix = f"the nearest are {nearest(target.device, ['cpu', 'cuda', *DEVICES])}"
-            raise ConfigError(f"no device {target.device!r}", where="target", fix=fix)
         return Roofline(DEVICES[target.device], self._tokens(target), target.dtype or _dtype(self.original))
 
     def _cost(self, option: Option) -> float:
@@ -189,6 +183,25 @@ class Clock:
                 times = interleaved_times({"original": self._original(target)}, ROUNDS, self.progress)
                 found[target] = statistics.median(times["original"])
         return found
+
+
+def check_targets(targets: Iterable[Target]) -> None:
+    """Check that all can be measured here, or computed.
+
+    Raises:
+        ConfigError: a device is not known or not there, or some are measured and some computed.
+        MissingDependencyError: the runtime is not installed.
+    """
+    every = list(targets)
+    if len({target.is_measured for target in every}) > 1:
+        fix = "optimize for one kind at a time"
+        raise ConfigError("some targets are measured here and some computed", where="target", fix=fix)
+    for target in every:
+        if target.is_measured:
+            require_runtime(target)
+        elif target.device not in DEVICES:
+            fix = f"the nearest are {nearest(target.device, ['cpu', 'cuda', *DEVICES])}"
+            raise ConfigError(f"no device {target.device!r}", where="target", fix=fix)
 
 
 def _key(option: Option) -> tuple[str, str]:

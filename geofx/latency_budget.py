@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 from geofx.analysis import Analysis, Rewrites
 from geofx.budget import Budget, describe
-from geofx.errors import BudgetInfeasibleError, NumericsError
+from geofx.cache import Cache, default_folder
+from geofx.clock import check_targets
+from geofx.errors import BudgetInfeasibleError, ConfigError, NumericsError
 from geofx.model import OptimizedModel
 from geofx.patterns import Patterns
 from geofx.plan import Plan
-from geofx.target import Target
+from geofx.target import Target, targets_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,23 @@ class Wanted:
     include: Patterns | None = None
     ignore: Patterns = ()
     target: Target | Iterable[Target] | None = None
+
+
+def check_wanted(budget: Budget, target: Target | Iterable[Target] | None) -> None:
+    """Check before any work that what a budget for the latency is of can be timed.
+
+    Raises:
+        ConfigError: a target cannot be used, or there is one but no such budget.
+        MissingDependencyError: the runtime is not installed.
+        ArtifactError: there is no folder to keep timings in.
+    """
+    if budget.latency is None:
+        if target is not None:
+            fix = "give Budget(latency=0.8), or leave target out"
+            raise ConfigError("the budget does not limit the latency", where="target", fix=fix)
+        return
+    check_targets(targets_of(target))
+    Cache(default_folder("latency"))
 
 
 def fitted(

@@ -106,6 +106,10 @@ def test_row_5_a_wrong_option_is_named(
         (["--size", "0.8", "--text", "python", "-o", "missing/out"], 6, "parent folder"),
         (["--loss", "0.1", "--text", "python", "--mode", "forward"], 2, "--loss needs gradients"),
         (["--loss", "0.1", "--mode", "data_free"], 2, "--loss needs gradients"),
+        (["--size", "0.8", "--target", "eager"], 2, "give --latency"),
+        (["--latency", "0.8", "--target", "eager,rows=3"], 2, "no setting 'rows'"),
+        (["--latency", "0.8", "--target", "eager,tokens=many"], 2, "no number"),
+        (["--latency", "5"], 2, "latency 5 is not a budget"),
     ],
 )
 def test_checks_come_before_work(

@@ -190,6 +190,37 @@ def test_a_piece_alone_computes_what_its_form_does() -> None:
             torch.testing.assert_close(torch.as_tensor(found[2]), outputs[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("budget", "target", "message"),
+    [
+        (Budget(size=0.8), Target(), "does not limit the latency"),
+        (Budget(latency=0.8), Target(device="a100"), "nearest are"),
+        (Budget(latency=0.8), (Target(), Target(device="t4")), "some computed"),
+        (Budget(latency=0.8), (), "give a geofx.Target"),
+        (Budget(latency=0.8), Target("onnxruntime", device="cuda"), "CUDA|CPU only"),
+    ],
+)
+def test_targets_are_checked_before_any_work(budget: Budget, target: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        geofx.optimize(torch.nn.Linear(2, 2), budget, target=target)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"runtime": "jax"},
+        {"batch": 0},
+        {"tokens": True},
+        {"weight": 0.0},
+        {"dtype": "int8"},
+        {"dtype": "float16"},
+    ],
+)
+def test_targets_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="|".join((*settings, "measured in"))):
+        Target(**settings)
+
+
 def test_copies_exceed_caches_but_not_patience() -> None:
     small, large = (
         Piece.of(Dense(), SINGLE),
