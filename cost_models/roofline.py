@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from geofx.cost_models.contract import Device, Priced
 from geofx.errors import ConfigError
 from geofx.workload import Workload
@@ -37,17 +39,12 @@ class Roofline:
 
     def cost(self, item: Priced) -> float:
         """Seconds of one call on ``tokens`` tokens, numbers being stored as ``dtype``."""
-        return self.latency_s(
-            item.workload, element_size(self.dtype) / element_size(item.region.sites[0].dtype)
-        )
+        stored: torch.dtype = getattr(torch, item.region.sites[0].dtype)
+        wanted: torch.dtype = getattr(torch, self.dtype)
+        return self.latency_s(item.workload, wanted.itemsize / stored.itemsize)
 
     def latency_s(self, work: Workload, bytes_ratio: float = 1.0) -> float:
         """Seconds of one call; ``bytes_ratio`` scales the bytes of ``work``."""
         arithmetic = work.flops * self.tokens / self.device.flops_per_s[self.dtype]
         traffic = bytes_ratio * (work.weight_bytes + work.activation_bytes * self.tokens)
         return max(arithmetic, traffic / self.device.bytes_per_s) + work.launches * self.device.launch_s
-
-
-def element_size(dtype: str) -> int:
-    """Bytes of a number."""
-    return {"float64": 8, "float32": 4}.get(dtype, 2)

@@ -102,6 +102,7 @@ def plan(
     """Say what would be done to MODEL within a budget, and write it as a file that can be edited."""
     budget = options.budget_of(size, parameters, flops, latency, loss, scope)
     targets = options.targets_of(target, latency)
+    check_wanted(budget, targets)
     wanted = Wanted(text, data, None, mode, tokens, length, seed, effort)
     kept = check_written(None if dry_run else output, None, analysis, wanted, context)
     options.check_loss(loss, mode if kept is None else kept.mode)

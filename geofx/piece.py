@@ -45,12 +45,11 @@ class Piece:
     @property
     def region(self) -> Region:
         """A region of these shapes."""
-        sites = (Site(f"probe{k}", *self._site(k)) for k in range(len(self.maps)))
+        sites = (
+            Site(f"probe{k}", shape, dtype=self.dtype, has_bias=has_bias)
+            for k, (shape, has_bias) in enumerate(self.maps)
+        )
         return Region("probe", self.kind, tuple(sites))
-
-    def _site(self, k: int) -> tuple[Any, ...]:
-        shape, has_bias = self.maps[k]
-        return shape, "linear", False, "", (), (), self.dtype, 0, has_bias
 
     def factors(self, device: str = "meta") -> dict[str, Tensor]:
         """A tensor for each factor, noise where the device has storage; indices are permutations."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from geofx.progress import Progress, log_progress
 from geofx.runtimes import exported, loaded, ready
 from geofx.target import Target
 from geofx.workload import measure
-
-logger = logging.getLogger(__name__)
 
 COLD_BYTES = 64 * 2**20
 """Weights of the copies that are called one after the other: more than caches keep."""
@@ -96,10 +93,10 @@ def repeated(piece: Piece, rows: int, count: int) -> Program:
     one, inputs = piece.traced(lead), piece.inputs(lead, "cpu")
     graph, root, found = fx.Graph(), nn.Module(), list[fx.Node]()
     names = tuple(f"x{number}" for number in range(len(inputs)))
-    given = [graph.placeholder(name) for name in names]
+    given, factors = [graph.placeholder(name) for name in names], piece.factors("cpu").values()
     for copy in range(count):
         own = []
-        for number, part in enumerate(piece.factors("cpu").values()):
+        for number, part in enumerate(factors):
             root.register_buffer(f"copy{copy}_factor{number}", _another(part, copy))
             own.append(graph.create_node("get_attr", f"copy{copy}_factor{number}"))
         found += _inlined(graph, one, [*given, *own])

@@ -11,23 +11,19 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from compared import BATCHES, BIASES, BLOCKS, figures_of, row_of, run
 
 import geofx
 from geofx import compare_run, recipes
 from geofx.analysis import Analysis
 from geofx.cache import Cache, default_folder
-from geofx.compare_run import compare_analysis
 from geofx.compare_subjects import reads_directions, subjects
-from geofx.comparison import Comparison, Figures, Row
+from geofx.comparison import Comparison, Figures
 from geofx.comparison_figures import draw_chart
 from geofx.errors import ArtifactError, ConfigError
 from geofx.factorizations import GaugeFixed, LowRank
 from geofx.method import Form, Method
 from geofx.region_analysis import RegionAnalysis
-
-BATCHES = [tiny_models.example("mlp", 64, seed=seed) for seed in range(4)]
-BLOCKS = 32 * 64 + 64 * 64 + 64 * 10
-BIASES = 64 + 64 + 10
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +40,6 @@ def analysis(model: torch.nn.Module) -> Analysis:
 def decoder() -> Analysis:
     batches = [tiny_models.example("llama", 4, 24, seed) for seed in range(3)]
     return geofx.analyze(tiny_models.build("llama"), batches)
-
-
-def run(analysis: Analysis, folder: Path, keep: Any = 0.8, **settings: Any) -> Comparison:
-    settings = {"formats": ["low_rank"], "recipes": "none", "latency": (), **settings}
-    return compare_analysis(analysis, keep, cache=folder, **settings)
-
-
-def row_of(comparison: Comparison, name: str, allocation: str = "uniform", keep: float = 0.8) -> Row:
-    (found,) = (
-        row for row in comparison.rows if (row.name, row.allocation, row.keep) == (name, allocation, keep)
-    )
-    return found
-
-
-def figures_of(*arguments: Any) -> Figures:
-    figures = row_of(*arguments).figures
-    assert figures is not None
-    return figures
 
 
 def test_figures_hold_against_the_eager_model(

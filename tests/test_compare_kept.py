@@ -10,21 +10,16 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from compared import BATCHES, figures_of, row_of, run
 
 import geofx
 from geofx import compare_fits
 from geofx.analysis import Analysis
 from geofx.cache import Cache
-from geofx.compare_run import compare_analysis
-from geofx.comparison import Comparison, Figures, Row
 from geofx.digest import digest
 from geofx.factorizations import GaugeFixed, Hybrid, Monarch, TensorTrain
 from geofx.program import flat_tensors
 from geofx.region_analysis import RegionAnalysis
-
-BATCHES = [tiny_models.example("mlp", 64, seed=seed) for seed in range(4)]
-BLOCKS = 32 * 64 + 64 * 64 + 64 * 10
-BIASES = 64 + 64 + 10
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +44,6 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(compare_fits.Fits, "_fit", counted)
     return done
-
-
-def run(analysis: Analysis, folder: Path, keep: Any = 0.8, **settings: Any) -> Comparison:
-    settings = {"formats": ["low_rank"], "recipes": "none", "latency": (), **settings}
-    return compare_analysis(analysis, keep, cache=folder, **settings)
-
-
-def row_of(comparison: Comparison, name: str, allocation: str = "uniform", keep: float = 0.8) -> Row:
-    (found,) = (
-        row for row in comparison.rows if (row.name, row.allocation, row.keep) == (name, allocation, keep)
-    )
-    return found
-
-
-def figures_of(*arguments: Any) -> Figures:
-    figures = row_of(*arguments).figures
-    assert figures is not None
-    return figures
 
 
 def test_what_was_done_is_not_done_again(analysis: Analysis, tmp_path: Path, fits: list[str]) -> None:

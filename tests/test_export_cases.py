@@ -8,18 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from geofx.errors import (
-    VerificationError,
-)
+from geofx.errors import VerificationError
 from geofx.export.cases import Case, make_cases, require_equal, shortened
-from geofx.factorizations import GaugeFixed, LowRank
 
-onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-FORMATS = (LowRank(5), GaugeFixed(5), GaugeFixed(5, "pivoted"))
-IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19], [0, 0, 0, 2, 4, 6, 8]])
-TOKENS = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
 
 
 def test_row_147_not_a_number_is_an_error() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import accelerate
 import pytest
-import tiny_models
 import torch
+from recovered import SETTINGS, batches, compressed, factors_of
 from torch import nn
 
 import geofx
@@ -20,30 +20,10 @@ from geofx.program import flat_tensors
 from geofx.report import Report
 from geofx.training import Training, native_autocast
 
-SETTINGS: dict[str, Any] = {"steps": 12, "learning_rate": 1e-3, "every": 3}
-
-
-def batches(name: str, count: int = 6, start: int = 0) -> list[Any]:
-    rows = 64 if name == "mlp" else 4
-    return [tiny_models.example(name, rows, 24, seed) for seed in range(start, start + count)]
-
-
-def compressed(name: str, size: float = 0.12, **options: Any) -> OptimizedModel:
-    analysis = geofx.analyze(tiny_models.build(name), batches(name))
-    return analysis.apply(analysis.plan(Budget(size=size, scope="factorizable"), **options))
-
 
 @pytest.fixture(scope="module")
 def decoder() -> OptimizedModel:
     return compressed("llama")
-
-
-def factors_of(result: OptimizedModel) -> dict[str, torch.Tensor]:
-    return {
-        stored: factored.factors[name]
-        for factored in result.rewrites.values()
-        for name, stored in factored.attributes.items()
-    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mlp"])
