@@ -30,7 +30,8 @@ from geofx.region import TABLES
 from geofx.sources import load_source
 from geofx.stages import peak_memory_bytes
 from geofx.text import python_text, windows
-from geofx.verify import Fidelity, verify
+from geofx.training import native_autocast
+from geofx.verify import verify
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 HELD_OUT = 4
@@ -56,10 +57,20 @@ def main() -> None:
                 begun = time.perf_counter()
                 result = RUNGS[name][1](analysis, keep)
                 seconds = spent + time.perf_counter() - begun
-                elsewhere = verify(analysis.original, result.program, other, analysis.objective)
-                cosines = [pooled_cosine(analysis, result, part) for part in (holdout, other)]
-                rows.append(row_of(name, keep, result, elsewhere, seconds, cosines))
+                rows.append(row_of(name, keep, analysis, result, holdout, other, seconds))
                 say(started, json.dumps(rows[-1]))
+                if arguments.recover:
+                    begun = time.perf_counter()
+                    result = result.recover(
+                        calibration,
+                        holdout=holdout,
+                        steps=arguments.recover,
+                        autocast=native_autocast(torch.device("cpu")),
+                    )
+                    seconds = time.perf_counter() - begun
+                    name = f"{name}, recovered"
+                    rows.append(row_of(name, keep, analysis, result, holdout, other, seconds))
+                    say(started, json.dumps(rows[-1]))
     print_table(rows)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -76,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="of the windows")
     parser.add_argument("--calibration-tokens", type=int, default=64 * 512)
     parser.add_argument("--holdout-tokens", type=int, default=16 * 1024)
+    parser.add_argument("--recover", type=int, default=0, help="steps of recovery after each rung")
     parser.add_argument("--json", help="write the rows to this file too")
     return parser.parse_args()
 
@@ -163,12 +175,15 @@ def pooled_cosine(analysis: geofx.Analysis, result: geofx.OptimizedModel, held: 
 def row_of(
     name: str,
     keep: float,
+    analysis: geofx.Analysis,
     result: geofx.OptimizedModel,
-    other: Fidelity,
+    holdout: list,
+    other: list,
     seconds: float,
-    cosines: list[float | None],
 ) -> dict[str, object]:
     report, fidelity = result.report, result.fidelity
+    elsewhere = verify(analysis.original, result.program, other, analysis.objective)
+    cosines = [pooled_cosine(analysis, result, part) for part in (holdout, other)]
     return {
         "rung": name,
         "keep": keep,
@@ -183,8 +198,8 @@ def row_of(
         "predicted": result.plan.loss,
         "kl": fidelity.kl,
         "top1": fidelity.top1_agreement,
-        "other_loss_increase": other.loss_increase,
-        "other_kl": other.kl,
+        "other_loss_increase": elsewhere.loss_increase,
+        "other_kl": elsewhere.kl,
         "cosine": cosines[0],
         "other_cosine": cosines[1],
         "gap": result.plan.solver.gap,
