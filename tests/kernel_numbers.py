@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 
 import geofx.ops as ops
 from geofx.ops.kernels import block_diagonal, project_expand, table_lookups
+from geofx.ops.tiles import EXACT_TILES, TILES
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of the root mean square error, relative to that of the result: a few roundings."""
@@ -93,6 +94,21 @@ def blocks(dtype: torch.dtype) -> None:
             check("block diagonal", found, ops.BLOCK_DIAGONAL_LINEAR.chain(*_wide(arguments)))
 
 
+def tiles(dtype: torch.dtype) -> None:
+    """Every tile that is tried on a GPU, at sizes that fill none of them whole."""
+    for tile in {*TILES, *EXACT_TILES}:
+        for autotuned in (project_expand.LOW_RANK, project_expand.GAUGE_FIXED, block_diagonal.BLOCK_DIAGONAL):
+            autotuned.untuned = tile
+        x, bias = numbers(tile.tokens + 1, 70, dtype=dtype) * 70**0.5, numbers(134, dtype=dtype)
+        left, right = numbers(134, 66, dtype=dtype), numbers(66, 70, dtype=dtype)
+        found = project_expand.low_rank_linear(x, left, right, bias)
+        check(f"low rank, {tile}", found, ops.LOW_RANK_LINEAR.chain(*_wide((x, left, right, bias))))
+        gauge(x, right, left[:68], bias)
+        left, right = numbers(1, 134, 2 * 66, dtype=dtype), numbers(2, 66, 35, dtype=dtype)
+        found = block_diagonal.block_diagonal_linear(x, left, right)
+        check(f"block diagonal, {tile}", found, ops.BLOCK_DIAGONAL_LINEAR.chain(*_wide((x, left, right))))
+
+
 def tables(dtype: torch.dtype) -> None:
     for modes, columns, bonds in (
         ((5, 7), (3, 4), (1, 2, 1)),
@@ -124,4 +140,5 @@ if __name__ == "__main__":
     for dtype in TOLERANCES:
         for check_all in (linear, blocks, tables):
             check_all(dtype)
+    tiles(torch.float32)
     sys.stdout.write("all kernels agree\n")

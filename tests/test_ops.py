@@ -129,6 +129,92 @@ def test_without_triton_the_chain_runs_and_one_line_says_so(
     fused_op.has_triton.cache_clear()
 
 
+class Kernels:
+    """Stands for the launch of a kernel: counts calls, and fails where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.calls, self.error = 0, error
+        monkeypatch.setattr(fused_op, "has_triton", lambda: True)
+        monkeypatch.setattr(fused_op.FusedOp, "launch", lambda op: self)
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        return args[0]
+
+
+def fresh(name: str) -> tuple[fused_op.FusedOp, list]:
+    op, make = CASES[name]
+    return op, [part.detach() if isinstance(part, Tensor) else part for part in make()]
+
+
+def test_row_88_a_kernel_that_fails_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    op, given = fresh("low_rank")
+    monkeypatch.setattr(op, "failure", None)
+    kernels = Kernels(monkeypatch, RuntimeError("out of resource: shared memory\nand more"))
+    for _ in range(2):
+        assert torch.equal(op._on_cuda(*given), op.chain(*given))
+    assert kernels.calls == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "geofx::low_rank_linear runs as aten operations, its kernel fails: "
+        "RuntimeError: out of resource: shared memory"
+    ]
+
+
+def test_row_89_memory_that_runs_out_is_no_failure_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, given = fresh("low_rank")
+    Kernels(monkeypatch, torch.OutOfMemoryError("Tried to allocate 2.00 GiB"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
+        op._on_cuda(*given)
+    assert op.failure is None
+
+
+def test_shapes_and_devices_are_checked_before_a_kernel_reads_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, (x, left, right, bias) = fresh("low_rank")
+    kernels = Kernels(monkeypatch)
+    for wrong in (
+        (x, left, right[:, :-1], bias),
+        (x, left[:, :-1], right, bias),
+        (x, left, right, bias[:-1]),
+    ):
+        with pytest.raises(RuntimeError):
+            op._on_cuda(*wrong)
+    with pytest.raises(RuntimeError, match="geofx::low_rank_linear: tensors are on cpu and meta"):
+        op._on_cuda(x, left, right.to("meta"), bias)
+    assert kernels.calls == 0
+    op._on_cuda(x, left, right, bias)
+    monkeypatch.setattr(op, "chain", lambda *args: pytest.fail("checked twice"))
+    op._on_cuda(x, left, right, bias)
+    assert kernels.calls == 2
+
+
+@pytest.mark.parametrize("name", ["low_rank", "gauge_fixed at places", "block_diagonal"])
+def test_gradients_have_gradients(name: str) -> None:
+    op, make = CASES[name]
+    given = [
+        part.detach().double().requires_grad_() if isinstance(part, Tensor) and part.requires_grad else part
+        for part in make()
+    ]
+    assert torch.autograd.gradgradcheck(lambda *parts: op(*parts), given)
+
+
+def test_gradients_under_autocast_are_those_of_the_chain() -> None:
+    op, make = CASES["low_rank"]
+    found = []
+    for run in (op, op.chain):
+        given = [part.detach().requires_grad_() for part in make()]
+        given[0] = given[0].detach().bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(*given)
+        found.append([y, *torch.autograd.grad(y.float().sum(), given)])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 def test_mixed_dtypes_run_as_the_chain_would(monkeypatch: pytest.MonkeyPatch) -> None:
     op, make = CASES["low_rank"]
     monkeypatch.setattr(type(op), "launch", lambda self: pytest.fail("launched"))

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 LIBRARY = torch.library.Library("geofx", "DEF")  # type: ignore[no-untyped-call]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES_LIMIT = 4096
+"""How many shapes an operation remembers to have checked."""
 
 
 class FusedOp:
@@ -30,10 +32,13 @@ class FusedOp:
         name: of the operation in ``torch.ops.geofx``.
         chain: the same in aten operations, which take the same arguments: what runs where no kernel does.
         kernel: where the launch is found, ``module:function``; imported on first use, as it needs Triton.
+        failure: why the kernel is not used any more, once it did not compile or launch.
     """
 
     def __init__(self, schema: str, chain: Callable[..., Any], kernel: str) -> None:
         self.name, self.chain, self.kernel = schema.partition("(")[0], chain, kernel
+        self.failure: str | None = None
+        self._known: dict[tuple[Any, ...], None] = {}
         LIBRARY.define(schema)  # type: ignore[no-untyped-call]
         LIBRARY.impl(self.name, chain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         LIBRARY.impl(self.name, self._on_cuda, "CUDA")  # type: ignore[no-untyped-call]
@@ -62,23 +67,52 @@ class FusedOp:
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
     def _on_cuda(self, *args: Any) -> Any:
+        """The kernel, after checks that the chain would make; the chain where there is none that works."""
         floats = [part for part in pytree.tree_leaves(args) if _is_floating(part)]
-        if len({part.dtype for part in floats}) == 1 and floats[0].dtype in KERNEL_DTYPES and has_triton():
+        alike = len({part.dtype for part in floats}) == 1 and floats[0].dtype in KERNEL_DTYPES
+        if not alike or self.failure is not None or not has_triton():
+            return self.chain(*args)
+        self._require(*args)
+        try:
             return self.launch()(*args)
-        return self.chain(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver may say
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("geofx::%s runs as aten operations, its kernel fails: %s", self.name, self.failure)
+            return self.chain(*args)
+
+    def _require(self, *args: Any) -> None:
+        """Check shapes by the chain on tensors without storage, once for each, and devices."""
+        leaves = pytree.tree_leaves(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        devices = sorted({str(part.device) for part in tensors})
+        if len(devices) > 1:
+            raise RuntimeError(f"geofx::{self.name}: tensors are on {' and '.join(devices)}")
+        key = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if key not in self._known:
+            with torch.no_grad():
+                self.chain(*_without_storage(args))
+            self._known[key] = None
+            while len(self._known) > SHAPES_LIMIT:
+                del self._known[next(iter(self._known))]
 
     def _backward(self, context: Any, *gradients: Any) -> Any:
-        """The vector-Jacobian product of the chain, run again."""
+        """The vector-Jacobian product of the chain, run again under the autocast of the first run."""
         leaves, spec = pytree.tree_flatten(context.arguments)
         saved = iter(context.saved_tensors)
         values = [next(saved) if leaf is _SAVED else leaf for leaf in leaves]
         needed = pytree.tree_leaves(context.needs_input_grad)
         wanted = [place for place, value in enumerate(values) if _is_floating(value) and needed[place]]
-        with torch.enable_grad():
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), torch.autocast(**context.autocast):
             for place in wanted:
-                values[place] = values[place].detach().requires_grad_()
+                value = values[place]
+                values[place] = value.view_as(value) if again else value.detach().requires_grad_()
             output = self.chain(*pytree.tree_unflatten(values, spec))
-        found = torch.autograd.grad(output, [values[place] for place in wanted], gradients)
+        found = torch.autograd.grad(
+            output, [values[place] for place in wanted], gradients, create_graph=again
+        )
         results: list[Any] = [None] * len(values)
         for place, gradient in zip(wanted, found, strict=True):
             results[place] = gradient
@@ -87,10 +121,9 @@ class FusedOp:
 
     def _flops(self, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         """Those of the chain; what a kernel computes twice does not count."""
-        meta = pytree.tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), args)
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            self.chain(*meta, **kwargs)
+            self.chain(*_without_storage(args), **kwargs)
         return int(counter.get_total_flops())
 
 
@@ -103,6 +136,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.arguments = pytree.tree_unflatten(
         [_SAVED if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
     )
+    device = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
+    ctx.autocast = {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
+
+
+def _without_storage(args: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), args)
 
 
 def _is_floating(value: Any) -> bool:

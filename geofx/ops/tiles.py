@@ -31,12 +31,26 @@ class Tile:
 
 
 TILES: tuple[Tile, ...] = (
-    Tile(16, 64, 32, 64),
-    Tile(16, 128, 64, 64),
-    Tile(32, 64, 64, 64),
+    Tile(16, 64, 64, 32),
+    Tile(16, 128, 64, 32),
+    Tile(32, 64, 64, 32),
     Tile(64, 64, 64, 32),
     Tile(64, 128, 64, 32, warps=8),
     Tile(128, 64, 64, 32, warps=8),
 )
-"""For `geofx.ops.kernels`: few tokens first. Accumulators, (tokens, outputs) and (tokens, rank) in float32,
-fit into 128 registers a thread, and what is loaded ahead into the shared memory of an sm_75."""
+"""For `geofx.ops.kernels`: few tokens first. None spills a register on an sm_80 or sm_90, for
+float16, bfloat16 and TF32."""
+
+EXACT_TILES: tuple[Tile, ...] = (
+    Tile(16, 64, 64, 32),
+    Tile(16, 128, 32, 32),
+    Tile(32, 64, 64, 32),
+    Tile(64, 64, 32, 32, warps=8),
+    Tile(64, 128, 32, 32, warps=8),
+)
+"""For products of float32 that are not rounded to TF32, which take three times the registers."""
+
+
+def tiles_for(precision: str) -> tuple[Tile, ...]:
+    """Those to try, by what `geofx.ops.kernels.autotuned.precision` says."""
+    return EXACT_TILES if precision in ("tf32x3", "ieee") else TILES

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geofx.ops.kernels.autotuned import Autotuned, blocks, precision, token_bits
+from geofx.ops.kernels.autotuned import Autotuned, blocks, of_length, precision, token_bits
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def block_diagonal_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor |
 
     if y.numel():
         BLOCK_DIAGONAL(
-            grid, rows, right, left, x if bias is None else bias.contiguous(), y, token_bits(tokens), tokens,
+            grid, rows, right, left, of_length(bias, m1 * m2, x), y, token_bits(tokens), tokens,
             n2, inner // m2, m1, n1, m2, *rows.stride(), *right.stride(), *left.stride(),
             HAS_BIAS=bias is not None, PRECISION=precision(x),
         )  # fmt: skip

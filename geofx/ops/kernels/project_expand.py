@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geofx.ops.kernels.autotuned import Autotuned, blocks, precision, token_bits
+from geofx.ops.kernels.autotuned import Autotuned, blocks, of_length, precision, token_bits
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def low_rank_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
 
     if y.numel():
         LOW_RANK(
-            grid, rows, right, left, x if bias is None else bias.contiguous(), y, token_bits(tokens), tokens,
+            grid, rows, right, left, of_length(bias, outputs, x), y, token_bits(tokens), tokens,
             inputs, rank, outputs, *rows.stride(), *right.stride(), *left.stride(),
             HAS_BIAS=bias is not None, PRECISION=precision(x),
         )  # fmt: skip
@@ -131,7 +131,7 @@ def gauge_fixed_linear(
 
     if y.numel():
         GAUGE_FIXED(
-            grid, rows, basis, mix, x if bias is None else bias.contiguous(), y,
+            grid, rows, basis, mix, of_length(bias, rank + others, x), y,
             torch.empty(0, dtype=torch.int32, device=x.device) if places is None else places.contiguous(),
             token_bits(tokens), tokens, inputs, rank, others, start, *rows.stride(), *basis.stride(),
             *mix.stride(), HAS_BIAS=bias is not None, HAS_PLACES=places is not None, PRECISION=precision(x),

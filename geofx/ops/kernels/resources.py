@@ -88,10 +88,10 @@ class Resources:
         return min(by_registers, by_shared, most // threads, 32) * threads / most
 
 
-def tiled_resources(name: str, tile: Tile, dtype: str, capability: int) -> Resources:
+def tiled_resources(name: str, tile: Tile, dtype: str, capability: int, precision: str = "tf32") -> Resources:
     """Of one of `TILED`, for inputs of ``dtype`` ("fp32", "fp16", "bf16") in rows."""
     flags = {flag: False for flag in TILED[name].kernel.arg_names if flag.startswith("HAS_")}
-    constants = {**tile.numbers(), **flags, "HAS_BIAS": True, "PRECISION": "tf32"}
+    constants = {**tile.numbers(), **flags, "HAS_BIAS": True, "PRECISION": precision}
     return compiled(TILED[name].kernel, constants, dtype, capability, tile.warps, tile.stages)
 
 
@@ -126,6 +126,7 @@ def compiled(
     return Resources(registers, stack, binary.metadata.shared, warps, capability)
 
 
+_REPORT = re.compile(r"REG:(\d+) STACK:(\d+)")
 _POINTERS = ("x", "right", "left", "bias", "y", "first", "second", "third", "table")
 _MULTIPLES = ("N", "R", "M", "sxt", "srr", "slm", "srg", "slb", "columns")
 
@@ -137,7 +138,7 @@ def _used(cubin: bytes) -> tuple[int, int]:
         binary.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    found = _REPORT.search(done.stdout)
     if done.returncode or found is None:
         raise RuntimeError(f"cuobjdump does not report: {(done.stdout + done.stderr)[-500:]}")
     return int(found[1]), int(found[2])
