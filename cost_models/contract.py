@@ -20,6 +20,8 @@ class Device:
         bytes_per_s: memory bandwidth.
         launch_s: time of the smallest call.
         processors: streaming multiprocessors, or cores.
+        cache_bytes_per_s: bandwidth of the cache that all processors share; None where no figure is known,
+            and then it counts as no faster than memory.
         source: where the figures are from.
     """
 
@@ -28,6 +30,7 @@ class Device:
     bytes_per_s: float
     launch_s: float
     processors: int = 1
+    cache_bytes_per_s: float | None = None
     source: str = ""
 
 

@@ -15,7 +15,8 @@ DEVICES: Mapping[str, Device] = {
             bytes_per_s=3.35e12,
             launch_s=4e-6,
             processors=132,
-            source="NVIDIA H100 Tensor Core GPU datasheet (2023): SXM5, dense",
+            cache_bytes_per_s=5120 * 1.755e9,
+            source="NVIDIA H100 Tensor Core GPU datasheet (2023): SXM5, dense; L2 as of an A100, per clock",
         ),
         Device(
             "a100-sxm",
@@ -23,7 +24,8 @@ DEVICES: Mapping[str, Device] = {
             bytes_per_s=2.039e12,
             launch_s=4e-6,
             processors=108,
-            source="NVIDIA A100 80GB SXM datasheet (2021), dense",
+            cache_bytes_per_s=5120 * 1.41e9,
+            source="NVIDIA A100 80GB SXM datasheet (2021), dense; architecture whitepaper: L2 5120 B/clock",
         ),
         Device(
             "l4",
@@ -39,7 +41,8 @@ DEVICES: Mapping[str, Device] = {
             bytes_per_s=320e9,
             launch_s=5e-6,
             processors=40,
-            source="NVIDIA T4 datasheet (2019); no bfloat16 units: priced as float32",
+            cache_bytes_per_s=1.27e12,
+            source="NVIDIA T4 datasheet (2019); no bfloat16 units: priced as float32; L2: Jia et al. (2019)",
         ),
         Device(
             "rtx-4090",

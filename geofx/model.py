@@ -19,6 +19,7 @@ from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
 from geofx.factorized_module import factorize_module
+from geofx.fusion import fused
 from geofx.objective import UserLoss, choose_objective
 from geofx.parameter_space import ParameterSpace
 from geofx.plan import Plan
@@ -27,6 +28,7 @@ from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.recovery import Recovery
 from geofx.report import Report
+from geofx.target import Target
 from geofx.text import batches_of, longest_sequence
 from geofx.trace import constants_of, trace
 from geofx.training import Training
@@ -221,6 +223,16 @@ class OptimizedModel:
             known = self.program.aliases.get(name, name)
             if self.program.holds(known) and self.program.weight(known).shape == part.shape:
                 part.copy_(self.program.weight(known))
+
+    def fused(self, target: Target) -> Program:
+        """The graph as ``target`` runs it best: with operations of `geofx.ops` where their kernels pay.
+
+        To be run, not kept: `save` and the exports hold the standard operations of ``program``.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        return fused(self.program, target)
 
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import networkx
@@ -135,7 +136,7 @@ class Program:
         return self.moved("cpu")
 
     def moved(self, device: str) -> Program:
-        """This program, or a clone with all tensors on ``device``."""
+        """This program, or a clone with all tensors on ``device``, those that the graph makes too."""
         known = torch.device(device).type
         elsewhere = [(name, tensor) for name, tensor in self.tensors() if tensor.device.type != known]
         if not elsewhere:
@@ -143,6 +144,10 @@ class Program:
         clone = self.clone()
         for name, tensor in elsewhere:
             clone.set_tensor(name, tensor.detach().to(device), trainable=tensor.requires_grad)
+        for node in clone.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, partial(_on_device, device))
+            node.kwargs = fx.node.map_aggregate(node.kwargs, partial(_on_device, device))
+        clone.graph_module.recompile()
         return clone
 
     @contextmanager
@@ -191,6 +196,10 @@ class Program:
             )
             result.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
         return result
+
+
+def _on_device(device: str, argument: Any) -> Any:
+    return torch.device(device) if isinstance(argument, torch.device) else argument
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from geofx.errors import ConfigError, ExportError
 from geofx.export.onnx_graph import require_exportable, to_onnx_model
 from geofx.export.onnx_runtime import OnnxRunner, require_onnx
+from geofx.fusion import fused
 from geofx.program import Program
 from geofx.target import Target
 
@@ -44,7 +45,7 @@ def ready(program: Program, inputs: Mapping[str, Tensor], target: Target) -> Cal
     """
     if target.runtime == "onnxruntime":
         return loaded(exported(program), inputs)
-    there = program if target.device == "cpu" else program.moved(target.device)
+    there = fused(program, target)
     given = {name: value.to(target.device) for name, value in inputs.items()}
     module: Callable[..., Any] = there.graph_module
     if target.runtime == "compile":

@@ -29,7 +29,7 @@ LAYERS = (
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views",
-    "geofx.huggingface geofx.pretrained geofx.runtimes geofx.result_checks",
+    "geofx.huggingface geofx.pretrained geofx.runtimes geofx.fusion geofx.result_checks",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
     "geofx.generated_text",
     "geofx.passes",

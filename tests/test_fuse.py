@@ -1,0 +1,167 @@
+"""Chains into fused operations: found whatever format wrote them, and never where numbers differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import geofx
+from geofx.annotations import REWRITE
+from geofx.factorizations import Factorization, GaugeFixed, LowRank, Monarch
+from geofx.ops import BLOCK_DIAGONAL_LINEAR, GAUGE_FIXED_LINEAR, LOW_RANK_LINEAR, FusedOp
+from geofx.passes.cleanup import Cleanup
+from geofx.passes.contract import run_passes
+from geofx.passes.fuse import Fuse
+from geofx.piece import Piece
+from geofx.piece_latency import repeated
+from geofx.program import Program
+from tests.tiny_models import build, example
+
+
+def always(op: FusedOp, arguments: tuple[Any, ...]) -> bool:
+    return True
+
+
+def fused(program: Program, pays: Any = always) -> Program:
+    clone = program.clone()
+    run_passes(clone, [Fuse(pays), Cleanup()])
+    return clone
+
+
+def operations(program: Program) -> list[str]:
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return [name.removesuffix(".default") for name in names if name.startswith("geofx.")]
+
+
+PIECES = {
+    "low_rank": (LowRank(3), LOW_RANK_LINEAR),
+    "low_rank of rank 1": (LowRank(1), LOW_RANK_LINEAR),
+    "gauge_fixed first": (GaugeFixed(3), GAUGE_FIXED_LINEAR),
+    "gauge_fixed within": (GaugeFixed(3, start=4), GAUGE_FIXED_LINEAR),
+    "gauge_fixed last": (GaugeFixed(3, start=9), GAUGE_FIXED_LINEAR),
+    "gauge_fixed pivoted": (GaugeFixed(3, "pivoted"), GAUGE_FIXED_LINEAR),
+    "monarch": (Monarch(2, 2), BLOCK_DIAGONAL_LINEAR),
+    "monarch of 4 blocks": (Monarch(4, 1), BLOCK_DIAGONAL_LINEAR),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_every_format_with_an_operation_is_found(name: str) -> None:
+    form, op = PIECES[name]
+    program = repeated(Piece(form, "single", (((12, 8), False),), "float32"), 5, 2)
+    found = fused(program)
+    assert operations(found) == [f"geofx.{op.name}"] * 2
+    assert not {"aten.linear.default", "aten.bmm.default"} & {str(node.target) for node in found.graph.nodes}
+    for one, other in zip(found(**program.example), program(**program.example), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("form", [LowRank(5), GaugeFixed(5), GaugeFixed(5, "pivoted"), Monarch(4, 2)])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_rewritten_models_give_the_same_with_every_chain_fused(
+    architecture: str, form: Factorization
+) -> None:
+    analysis = geofx.analyze(build(architecture), example(architecture))
+    plan = analysis.plan(geofx.Budget(parameters=1.0))
+    forms = {item.region: form for item in plan.choices if item.kind == "single"}
+    result = analysis.apply(plan.edit(forms))
+    found = fused(result.program)
+    assert len(operations(found)) == len(forms) > 8
+    given = example(architecture)
+    for one, other in zip(_tensors(found(**given)), _tensors(result(**given)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    noted = {REWRITE.get(node).region for node in found.graph.nodes if REWRITE.name in node.meta}
+    assert noted == set(forms)
+    assert not operations(result.program), "a program is fused as a copy"
+
+
+def test_maps_that_share_their_input_become_one() -> None:
+    analysis = geofx.analyze(build("llama"), example("llama"))
+    plan = analysis.plan(geofx.Budget(parameters=1.0))
+    regions = [item.region for item in analysis.regions.values() if item.region.kind == "shared_input"][:2]
+    result = analysis.apply(plan.edit({region.name: LowRank(20) for region in regions}, regions))
+    sites = sum(len(region.sites) for region in regions)
+    found = fused(result.program)
+    assert operations(found) == ["geofx.low_rank_linear"] * 2
+    assert sites >= 4
+    given = example("llama")
+    for one, other in zip(_tensors(found(**given)), _tensors(result(**given)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_changes_where_it_does_not_pay() -> None:
+    program = repeated(Piece(LowRank(3), "single", (((12, 8), False),), "float32"), 5, 2)
+    asked = []
+
+    def never(op: FusedOp, arguments: tuple[Any, ...]) -> bool:
+        asked.append((op.name, arguments[0].device.type, tuple(part.shape for part in arguments[:3])))
+        return False
+
+    assert not Fuse(never).run(program)
+    assert asked == [("low_rank_linear", "meta", ((1, 5, 8), (12, 3), (3, 8)))] * 2
+
+
+class Blocks(nn.Module):
+    """Two batched products with a transposition between them that is not Monarch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right, self.left = nn.Parameter(torch.randn(2, 4, 4)), nn.Parameter(torch.randn(2, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.bmm(x.reshape(-1, 2, 4).transpose(0, 1), self.right.transpose(1, 2))
+        crossed = inner.reshape(2, -1, 4).permute(0, 1, 2).flatten(2)
+        return torch.bmm(crossed, self.left.transpose(1, 2)).permute(1, 2, 0).reshape(*x.shape[:-1], 12)
+
+
+class Shared(nn.Module):
+    """z is asked for by itself too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 3, bias=False), nn.Linear(3, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.down(x)
+        return self.up(z), z
+
+
+class Writing(nn.Module):
+    """x is written to between the products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 3, bias=False), nn.Linear(3, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        copied = x.clone()
+        z = self.down(copied)
+        copied.add_(1.0)
+        return self.up(z) + copied.sum()
+
+
+@pytest.mark.parametrize("make", [Blocks, Shared, Writing])
+def test_what_only_looks_like_a_chain_stays(make: type[nn.Module]) -> None:
+    program = geofx.trace(make(), {"x": torch.randn(2, 3, 8)})
+    assert operations(fused(program)) == []
+
+
+def test_a_graph_moved_elsewhere_makes_its_tensors_there() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    weight = graph.create_node("get_attr", "weight")
+    places = graph.call_function(torch.ops.aten.arange.default, (4,), {"device": torch.device("cpu")})
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (weight, places)))
+    root = nn.Module()
+    root.weight = nn.Parameter(torch.zeros(4))
+    program = Program(fx.GraphModule(root, graph), ("x",), {"x": torch.zeros(1)}, {}, {})
+    assert x.users == {}
+    assert program.moved("meta")(torch.zeros(1)).device.type == "meta"
+    assert program(torch.zeros(1)).tolist() == [0, 1, 2, 3], "the program itself stays"
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [part for part in torch.utils._pytree.tree_leaves(output) if isinstance(part, Tensor)]
