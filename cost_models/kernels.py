@@ -109,7 +109,7 @@ class Shape:
 
 
 def block_diagonal(
-    tokens: int, left: tuple[int, int, int], right: tuple[int, int, int], dtype: str, tile: Tile
+    tokens: int, left: tuple[int, ...], right: tuple[int, ...], dtype: str, tile: Tile
 ) -> Work:
     """`geofx.ops.block_diagonal_linear` with L (m2, m1, n1 r) and R (n1, m2 r, n2)."""
     (m2, m1, _), (n1, inner, n2) = left, right
@@ -122,7 +122,7 @@ def block_diagonal(
 
 
 def block_diagonal_chain(
-    tokens: int, left: tuple[int, int, int], right: tuple[int, int, int], dtype: str
+    tokens: int, left: tuple[int, ...], right: tuple[int, ...], dtype: str
 ) -> list[Work]:
     """Two batched matmuls, and the copies that the transposition before and after the second takes."""
     (m2, m1, columns), (n1, inner, n2) = left, right

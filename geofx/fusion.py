@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from geofx.cost_models import DEVICES, Device
-from geofx.cost_models.kernels import Shape, block_diagonal, block_diagonal_chain, fastest_s, total_s
+from geofx.cost_models.kernels import Shape, Work, block_diagonal, block_diagonal_chain, fastest_s, total_s
 from geofx.errors import ConfigError
 from geofx.latency import interleaved_medians
-from geofx.ops import BLOCK_DIAGONAL_LINEAR, GAUGE_FIXED_LINEAR, FusedOp
+from geofx.ops import (
+    BLOCK_DIAGONAL_LINEAR,
+    GAUGE_FIXED_LINEAR,
+    TENSOR_TRAIN_LOOKUP,
+    TOKEN_MPS_LOOKUP,
+    FusedOp,
+)
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.fuse import Fuse, Pays
 from geofx.program import Program
 from geofx.target import Target
+from geofx.workload import counted
 
 ROUNDS = 11
 
@@ -57,31 +66,34 @@ def computed_to_pay(
     device: Device, tokens: int, dtype: str | None, op: FusedOp, arguments: tuple[Any, ...]
 ) -> bool:
     """Whether the operation takes less than its chain on paper, in ``dtype`` or that of the factors."""
-    _, first, second = arguments[:3]
-    dtype = dtype or str(first.dtype).removeprefix("torch.")
+    factors = [part for part in pytree.tree_leaves(arguments[1:]) if isinstance(part, Tensor)]
+    dtype = dtype or str(factors[0].dtype).removeprefix("torch.")
     if dtype not in device.flops_per_s:
         return False
+    if op in (TENSOR_TRAIN_LOOKUP, TOKEN_MPS_LOOKUP):
+        kernel, chain = _lookup(op, arguments, tokens)
+        return kernel.seconds(device, dtype) < chain.seconds(device, dtype)
+    first, second = (tuple(part.shape) for part in factors[:2])
     if op is BLOCK_DIAGONAL_LINEAR:
-        sides = tokens, tuple(first.shape), tuple(second.shape), dtype
-        kernel_s = fastest_s(device, dtype, partial(block_diagonal, *sides))
-        return kernel_s < total_s(device, dtype, block_diagonal_chain(*sides))
+        kernel_s = fastest_s(device, dtype, partial(block_diagonal, tokens, first, second, dtype))
+        return kernel_s < total_s(device, dtype, block_diagonal_chain(tokens, first, second, dtype))
     if op is GAUGE_FIXED_LINEAR:
-        (rank, inputs), others = first.shape, second.shape[0]
-        shape = Shape(tokens, inputs, rank + others, rank)
+        shape = Shape(tokens, first[1], first[0] + second[0], first[0])
         kernel_s = fastest_s(device, dtype, partial(shape.gauge_fixed, dtype))
         return kernel_s < total_s(device, dtype, shape.gauge_fixed_chain(dtype))
-    (outputs, rank), inputs = first.shape, second.shape[1]
-    shape = Shape(tokens, inputs, outputs, rank)
-    return fastest_s(device, dtype, partial(shape.low_rank, dtype)) < total_s(
-        device, dtype, shape.chain(dtype)
-    )
+    shape = Shape(tokens, second[1], first[0], first[1])
+    kernel_s = fastest_s(device, dtype, partial(shape.low_rank, dtype))
+    return kernel_s < total_s(device, dtype, shape.chain(dtype))
 
 
 @torch.no_grad()
 def timed_to_pay(tokens: int, op: FusedOp, arguments: tuple[Any, ...]) -> bool:
-    """Whether the operation is faster than its chain, timed in turns on ``tokens`` rows of noise."""
-    like = next(part for part in arguments[1:] if isinstance(part, Tensor))
-    x = torch.randn(tokens, arguments[0].shape[-1], device=like.device).to(like.dtype)
+    """Whether the operation is faster than its chain, timed in turns on ``tokens`` rows: noise, or row 0."""
+    like = next(part for part in pytree.tree_leaves(arguments[1:]) if isinstance(part, Tensor))
+    if arguments[0].is_floating_point():
+        x = torch.randn(tokens, arguments[0].shape[-1], device=like.device).to(like.dtype)
+    else:
+        x = torch.zeros(tokens, dtype=torch.int64, device=like.device)
 
     def call(run: Any) -> Any:
         run(x, *arguments[1:])
@@ -89,3 +101,19 @@ def timed_to_pay(tokens: int, op: FusedOp, arguments: tuple[Any, ...]) -> bool:
 
     seconds = interleaved_medians({"op": partial(call, op), "chain": partial(call, op.chain)}, ROUNDS)
     return seconds["op"] < seconds["chain"]
+
+
+def _lookup(op: FusedOp, arguments: tuple[Any, ...], tokens: int) -> tuple[Work, Work]:
+    """A program per token, which reads a row's cores; and the chain's calls, one after the other."""
+    ids = torch.empty(tokens, dtype=torch.int64, device="meta")
+    others = pytree.tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), arguments[1:])
+    done = counted(lambda: op.chain(ids, *others))
+    tensors = [part for part in pytree.tree_leaves(others) if isinstance(part, Tensor)]
+    item = tensors[0].element_size()
+    if op is TOKEN_MPS_LOOKUP:
+        read, width = tensors[0].shape[1], others[-1]
+    else:
+        read = sum(core.numel() // core.shape[1] for core in tensors)
+        width = math.prod(core.shape[2] for core in tensors)
+    kernel = Work(float(done.flops), float(item * tokens * (read + width)), programs=tokens)
+    return kernel, Work(float(done.flops), 2.0 * done.written_bytes, launches=done.launches)

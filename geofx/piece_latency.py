@@ -16,7 +16,7 @@ from geofx.environment import environment, processor
 from geofx.export.onnx_copies import with_copies
 from geofx.latency import interleaved_medians
 from geofx.piece import Piece
-from geofx.program import Program
+from geofx.program import Program, make_on
 from geofx.progress import Progress, log_progress
 from geofx.runtimes import exported, loaded, ready
 from geofx.target import Target
@@ -101,6 +101,7 @@ def repeated(piece: Piece, rows: int, count: int) -> Program:
             own.append(graph.create_node("get_attr", f"copy{copy}_factor{number}"))
         found += _inlined(graph, one, [*given, *own])
     graph.output(tuple(found))
+    make_on(graph, "cpu")
     return Program(fx.GraphModule(root, graph), names, dict(zip(names, inputs, strict=True)), {}, {})
 
 

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import networkx
@@ -144,9 +143,7 @@ class Program:
         clone = self.clone()
         for name, tensor in elsewhere:
             clone.set_tensor(name, tensor.detach().to(device), trainable=tensor.requires_grad)
-        for node in clone.graph.nodes:
-            node.args = fx.node.map_aggregate(node.args, partial(_on_device, device))
-            node.kwargs = fx.node.map_aggregate(node.kwargs, partial(_on_device, device))
+        make_on(clone.graph, device)
         clone.graph_module.recompile()
         return clone
 
@@ -198,8 +195,15 @@ class Program:
         return result
 
 
-def _on_device(device: str, argument: Any) -> Any:
-    return torch.device(device) if isinstance(argument, torch.device) else argument
+def make_on(graph: fx.Graph, device: str) -> None:
+    """Have the tensors that the nodes of ``graph`` make by themselves made on ``device``."""
+
+    def placed(argument: Any) -> Any:
+        return torch.device(device) if isinstance(argument, torch.device) else argument
+
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, placed)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, placed)
 
 
 @dataclass(eq=False)

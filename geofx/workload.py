@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -68,14 +69,30 @@ def measure(factorization: Factorization, region: Region) -> Workload:
 @lru_cache(maxsize=65536)
 def _measure(piece: Piece) -> Workload:
     factors, inputs = piece.factors(), piece.inputs((PROBE_TOKENS,))
-    outputs, flops = _OutputCounter(), FlopCounterMode(display=False)
     graph = piece.traced((PROBE_TOKENS,)) if piece.kind == "shared_input" else None
-    with torch.no_grad(), outputs, flops:
-        piece(inputs, factors) if graph is None else graph(*inputs, *factors.values())
+    done = counted(lambda: piece(inputs, factors) if graph is None else graph(*inputs, *factors.values()))
     return Workload(
-        flops=flops.get_total_flops() / PROBE_TOKENS,
+        flops=done.flops / PROBE_TOKENS,
         parameters=sum(part.numel() for part in factors.values() if part.is_floating_point()),
         weight_bytes=sum(part.numel() * part.element_size() for part in factors.values()),
-        activation_bytes=outputs.written / PROBE_TOKENS,
-        launches=outputs.launches,
+        activation_bytes=done.written_bytes / PROBE_TOKENS,
+        launches=done.launches,
     )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a run did: operations, calls that write memory and the bytes that they write."""
+
+    flops: int
+    launches: int
+    written_bytes: int
+
+
+@torch.no_grad()
+def counted(run: Callable[[], Any]) -> Counted:
+    """What ``run`` does, on tensors with or without storage."""
+    outputs, flops = _OutputCounter(), FlopCounterMode(display=False)
+    with outputs, flops:
+        run()
+    return Counted(flops.get_total_flops(), outputs.launches, outputs.written)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import geofx
 from geofx.annotations import REWRITE
-from geofx.factorizations import Factorization, GaugeFixed, LowRank, Monarch
+from geofx.factorizations import Factorization, GaugeFixed, LowRank, Monarch, TensorTrain, TokenMPS
 from geofx.ops import BLOCK_DIAGONAL_LINEAR, GAUGE_FIXED_LINEAR, LOW_RANK_LINEAR, FusedOp
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
@@ -46,6 +46,28 @@ PIECES = {
     "monarch": (Monarch(2, 2), BLOCK_DIAGONAL_LINEAR),
     "monarch of 4 blocks": (Monarch(4, 1), BLOCK_DIAGONAL_LINEAR),
 }
+
+
+TABLES = {
+    "token_mps": (TokenMPS(16, 2), (30, 16)),
+    "token_mps of rank 1": (TokenMPS(16, 1), (30, 16)),
+    "token_mps of odd width": (TokenMPS(50, 3), (9, 50)),
+    "tensor_train of 2": (TensorTrain((3, 4), (2, 3), (3,)), (12, 6)),
+    "tensor_train of 3": (TensorTrain((3, 4, 5), (2, 3, 4), (3, 4)), (60, 24)),
+    "tensor_train padded": (TensorTrain((3, 4, 5), (2, 3, 4), (3, 4), padding=2), (58, 24)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_lookups_in_factorized_tables_are_found(name: str) -> None:
+    form, shape = TABLES[name]
+    program = repeated(Piece(form, "embedding", ((shape, False),), "float32"), 5, 2)
+    found = fused(program)
+    assert operations(found) == [f"geofx.{form.name}_lookup"] * 2
+    assert "aten.embedding.default" not in {str(node.target) for node in found.graph.nodes}
+    x = torch.randint(shape[0], (1, 5))
+    for one, other in zip(found(x0=x), program(x0=x), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", PIECES)

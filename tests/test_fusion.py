@@ -16,7 +16,7 @@ from geofx.cost_models.kernels import (
     total_s,
 )
 from geofx.errors import ConfigError
-from geofx.factorizations import GaugeFixed, LowRank, Monarch
+from geofx.factorizations import GaugeFixed, LowRank, Monarch, TensorTrain, TokenMPS
 from geofx.fusion import fused, timed_to_pay
 from geofx.ops import LOW_RANK_LINEAR
 from geofx.ops.tiles import Tile
@@ -83,7 +83,8 @@ def test_fusing_wins_at_small_ranks_and_few_tokens_alone() -> None:
 
 
 def program_of(form: object, kind: torch.dtype = torch.float32, side: int = 512) -> Program:
-    return repeated(Piece(form, "single", (((side, side), False),), str(kind)[6:]), 1, 2)
+    region = "embedding" if isinstance(form, TokenMPS | TensorTrain) else "single"
+    return repeated(Piece(form, region, (((side, side), False),), str(kind)[6:]), 1, 2)
 
 
 def operations(program: Program) -> set[str]:
@@ -96,6 +97,8 @@ def operations(program: Program) -> set[str]:
         (LowRank(8), "low_rank_linear"),
         (GaugeFixed(8), "gauge_fixed_linear"),
         (Monarch(8, 4), "block_diagonal_linear"),
+        (TokenMPS(512, 4), "token_mps_lookup"),
+        (TensorTrain((8, 8, 8), (8, 8, 8), (8, 8)), "tensor_train_lookup"),
     ],
 )
 def test_a_paper_device_gets_the_operations_that_pay(form: object, name: str) -> None:

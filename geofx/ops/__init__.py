@@ -26,7 +26,12 @@ FUSED_OPS: tuple[FusedOp, ...] = (
 )
 
 __all__ = [
+    "BLOCK_DIAGONAL_LINEAR",
     "FUSED_OPS",
+    "GAUGE_FIXED_LINEAR",
+    "LOW_RANK_LINEAR",
+    "TENSOR_TRAIN_LOOKUP",
+    "TOKEN_MPS_LOOKUP",
     "FusedOp",
     "block_diagonal_linear",
     "gauge_fixed_linear",
