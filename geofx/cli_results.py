@@ -71,6 +71,9 @@ def export(
     torchscript: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write a TorchScript file.")
     ] = None,
+    pt2: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write an archive of torch.export.")
+    ] = None,
     original: options.Original = None,
     as_json: options.Json = False,
 ) -> None:
@@ -78,9 +81,9 @@ def export(
 
     TorchScript is made from the model's own class, so it needs --original where the class is not known.
     """
-    if onnx is None and torchscript is None:
-        raise ConfigError("nothing to export to", fix="give --onnx PATH or --torchscript PATH")
-    for path, suffix in ((onnx, ".onnx"), (torchscript, ".pt")):
+    if onnx is None and torchscript is None and pt2 is None:
+        raise ConfigError("nothing to export to", fix="give --onnx PATH, --pt2 PATH or --torchscript PATH")
+    for path, suffix in ((onnx, ".onnx"), (pt2, ".pt2"), (torchscript, ".pt")):
         if path is not None:
             target_file(path, suffix)
     made: dict[str, Any] = {}
@@ -90,6 +93,8 @@ def export(
             raise ConfigError("TorchScript needs the model's own class", fix="give --original MODEL")
         if onnx is not None:
             made["onnx"] = _fields(result.to_onnx(onnx))
+        if pt2 is not None:
+            made["pt2"] = _fields(result.to_pt2(pt2))
         if torchscript is not None:
             made["torchscript"] = _fields(result.to_torchscript(torchscript))
     if as_json:

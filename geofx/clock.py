@@ -51,6 +51,7 @@ class Clock:
         original: the graph that is made faster.
         totals: what it stores and computes.
         cache: where timings of pieces are kept.
+        models: what prices options on each target.
 
     Raises:
         ConfigError: a device is not known, or some are measured and some computed.
@@ -65,7 +66,7 @@ class Clock:
 
     def __post_init__(self) -> None:
         check_targets(self.targets)
-        self._models = {target: self._model(target) for target in self.targets}
+        self.models = {target: self._model(target) for target in self.targets}
         self._calls: dict[Target, Callable[[], Any]] = {}
 
     @property
@@ -82,7 +83,7 @@ class Clock:
         """Options with their seconds, the seconds outside them, and what is left out as it saves none."""
         every = list(options)
         unknown: dict[tuple[str, str], str] = {}
-        for model in self._models.values():
+        for model in self.models.values():
             if isinstance(model, Measured):
                 unknown |= model.learn(every)
         timed = [
@@ -140,7 +141,7 @@ class Clock:
             option = Option(item, choice.factorization, work, 0.0, rows)
             gains = [
                 target.weight * model.gain_s(option)
-                for target, model in self._models.items()
+                for target, model in self.models.items()
                 if isinstance(model, Measured)
             ]
             if math.fsum(gains) <= 0.0:
@@ -153,7 +154,7 @@ class Clock:
         return Roofline(DEVICES[target.device], self._tokens(target), target.dtype or _dtype(self.original))
 
     def _cost(self, option: Option) -> float:
-        costs = [target.weight * model.cost(option) for target, model in self._models.items()]
+        costs = [target.weight * model.cost(option) for target, model in self.models.items()]
         return self.saving_ratio * math.fsum(costs)
 
     @property
@@ -175,7 +176,7 @@ class Clock:
     @cached_property
     def _dense_s(self) -> Mapping[Target, float]:
         found = {}
-        for target, model in self._models.items():
+        for target, model in self.models.items():
             if isinstance(model, Roofline):
                 whole = Workload(self.totals.flops, self.totals.parameters, self.totals.bytes, 0.0, 0)
                 found[target] = model.latency_s(whole)

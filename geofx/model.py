@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from geofx.batches import Batch, inputs_of, split, warn_of_shared_rows
 from geofx.compression import Certificate, certify, parameter_mae
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import OnnxReport, to_onnx
+from geofx.export.pt2 import Pt2Report, to_pt2
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
 from geofx.factorized_module import factorize_module
@@ -237,6 +238,30 @@ class OptimizedModel:
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""
         return to_onnx(self.program, Path(path))
+
+    def to_pt2(
+        self,
+        path: str | Path,
+        *,
+        lower: Literal["standard", "custom"] = "standard",
+        target: Target | None = None,
+    ) -> Pt2Report:
+        """Export the graph with `torch.export`, checked in a process of its own before it is published.
+
+        Args:
+            path: where to publish, ``.pt2``.
+            lower: ``"standard"`` writes aten operations, which open without geofx; ``"custom"`` keeps those
+                of `fused`, for whoever imports ``geofx.ops`` first.
+            target: whose prices say which; for ``"custom"``.
+
+        Raises:
+            ConfigError: ``lower`` is unknown, or lacks its target.
+            ExportError, VerificationError: it cannot be exported, or does something else.
+        """
+        if lower not in ("standard", "custom") or (lower == "custom") != (target is not None):
+            fix = "use lower='standard', or lower='custom' with a target"
+            raise ConfigError(f"lower={lower!r} with target={target}", fix=fix)
+        return to_pt2(self.program if target is None else self.fused(target).on_cpu(), path)
 
     def to_torchscript(self, path: str | Path) -> TorchScriptReport:
         """Trace `to_module` to TorchScript (legacy), checked in a process without geofx."""

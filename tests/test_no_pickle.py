@@ -22,7 +22,7 @@ ATTRIBUTES = {
     "yaml.full_load",
     "torch.hub.load",
 }
-PROBES = {"geofx/export/torchscript_probe.py": ["torch.jit.load"]}
+PROBES = {"geofx/export/probe.py": ["torch.jit.load", "torch.export.load"]}
 """A script that a clean process runs to check the file that geofx has just written itself."""
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim, ExportedProgram
-from torch.fx.graph import CodeGen
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from geofx.errors import ExportError
+from geofx.export.capture import captured, is_tensor
 from geofx.export.onnx_weights import store_in_multiplied_order
 from geofx.program import Program
 
@@ -32,7 +32,7 @@ def to_onnx_model(program: Program) -> Any:
         ExportError: an operator that ONNX cannot express.
     """
     with _quiet():
-        model = _convert(_export(program)).model
+        model = _convert(captured(program)).model
     _name_inputs_and_outputs(model, program)
     store_in_multiplied_order(model)
     _tidy(model)
@@ -50,50 +50,6 @@ def require_exportable(program: Program) -> None:
         if value.dtype in UNSUPPORTED:
             fix = "export a float32 or float16 copy: model.float() or model.half()"
             raise ExportError(f"ONNX Runtime has no CPU kernels for {value.dtype}", where=name, fix=fix)
-
-
-def _export(program: Program) -> ExportedProgram:
-    module = program.clone().graph_module
-    module.graph.set_codegen(CodeGen())  # flat in, flat out: run_decompositions needs it
-    _keep_tensor_outputs(module.graph)
-    module.recompile()
-    inputs = tuple(
-        program.example[name].detach().clone() for name in program.input_names
-    )  # a view leaves guards
-    dynamic = tuple(
-        dict.fromkeys(program.dynamic_shapes.get(name, {}), Dim.AUTO) for name in program.input_names
-    )
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        raise ExportError(
-            f"the rewritten graph cannot be captured again: {error}", fix="report this as a bug"
-        ) from error
-    _require_dynamic(exported, program)
-    return exported
-
-
-def _keep_tensor_outputs(graph: fx.Graph) -> None:
-    (output,) = graph.find_nodes(op="output")
-    leaves = pytree.tree_leaves(output.args[0])
-    output.args = (tuple(leaf for leaf in leaves if _is_tensor(leaf)),)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val", torch.empty(0)), Tensor)
-
-
-def _require_dynamic(exported: ExportedProgram, program: Program) -> None:
-    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
-    for name, node_name in zip(program.input_names, exported.graph_signature.user_inputs, strict=True):
-        shape = nodes[str(node_name)].meta["val"].shape
-        for dim, label in program.dynamic_shapes.get(name, {}).items():
-            if isinstance(shape[dim], int):
-                fix = "trace again with a longer example of at least 2 rows"
-                raise ExportError(
-                    f"dimension {label!r} was fixed to {shape[dim]} on capture", where=name, fix=fix
-                )
 
 
 def _convert(exported: ExportedProgram) -> Any:
@@ -129,7 +85,7 @@ def output_names(program: Program) -> list[str]:
     taken = {_plain(name) for name in program.input_names}
     result: list[str] = []
     for leaf, name in zip(leaves, names, strict=True):
-        if _is_tensor(leaf):
+        if is_tensor(leaf):
             free = name if name not in taken else f"output_{name}"
             result.append(free if free not in result else f"{free}_{len(result)}")
     return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import subprocess
 import sys
 import time
 import warnings
@@ -14,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from geofx.errors import ExportError, VerificationError
-from geofx.export.cases import Axes, Case, make_cases, require_equal, shortened
+from geofx.errors import ExportError
+from geofx.export.alone import run_alone
+from geofx.export.cases import Axes, make_cases, shortened
 from geofx.export.staging import staging, target_file
 from geofx.program import flat_tensors
 from geofx.trace import evaluating
 
 logger = logging.getLogger(__name__)
 
-PROBE = Path(__file__).with_name("torchscript_probe.py")
-PROBE_TIMEOUT_S = 600
 UNSUPPORTED_PYTHON = (3, 14)
 
 
@@ -105,10 +102,7 @@ def to_torchscript(
         example = shortened(run, example, axes)
         staged = _trace(positional, example, folder / target.name)
         cases = list(make_cases(run, example, axes))
-        answers = _run_alone(staged, cases)
-        differences = {
-            case.label: require_equal(case, answers[index], rtol) for index, case in enumerate(cases)
-        }
+        differences = run_alone(staged, cases, rtol)
         size = staged.stat().st_size
         staged.replace(target)
     logger.info("%s: largest difference %.2g", target.name, max(differences.values()))
@@ -132,31 +126,3 @@ def _trace(positional: _Positional, example: Mapping[str, Tensor], file: Path) -
 def _token_axes(example: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     tokens = {name for name, value in example.items() if value.dim() == 2 and not value.is_floating_point()}
     return {name: {0: "batch"} | ({1: "sequence"} if name in tokens else {}) for name in example}
-
-
-def _run_alone(file: Path, cases: Sequence[Case]) -> list[list[Tensor]]:
-    """Outputs of ``file`` for every case, computed by a fresh process in which geofx cannot be imported."""
-    inputs, outputs = file.with_name("inputs.safetensors"), file.with_name("outputs.safetensors")
-    save_file(_numbered([tuple(case.inputs.values()) for case in cases]), inputs)
-    command = [sys.executable, "-I", str(PROBE), str(file), str(inputs), str(outputs)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=PROBE_TIMEOUT_S, cwd=file.parent)  # noqa: S603
-    except subprocess.SubprocessError as error:
-        last = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()[-1:]
-        what = f"the file does not run in a process without geofx: {''.join(last)[:300] or error}"
-        raise VerificationError(what, where=file.name, fix="nothing was published") from error
-    answers = load_file(outputs)
-    return [_of_case(answers, index) for index in range(len(cases))]
-
-
-def _numbered(groups: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    return {
-        f"{case}/{place}": value.clone()
-        for case, group in enumerate(groups)
-        for place, value in enumerate(group)
-    }
-
-
-def _of_case(answers: Mapping[str, Tensor], case: int) -> list[Tensor]:
-    places = sum(name.startswith(f"{case}/") for name in answers)
-    return [answers[f"{case}/{place}"] for place in range(places)]
