@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --json gpu.json
 
-Checks: torch's own of an operation, numbers against float64, gradients, no graph break, and models with every
+Checks: torch's own of an operation, numbers against float64, gradients, no graph break, and pieces with every
 chain fused. Times: dense, chain and kernel in turns, medians as shares of dense; docs/gpu.md has what is
 computed of the same. ``--device cpu`` runs it without kernels.
 """
@@ -19,10 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from geofx.factorizations import Factorization, GaugeFixed, LowRank, Monarch
 from geofx.latency import interleaved_medians
-from geofx.ops import BLOCK_DIAGONAL_LINEAR, FUSED_OPS, GAUGE_FIXED_LINEAR, LOW_RANK_LINEAR, FusedOp
+from geofx.ops import (
+    BLOCK_DIAGONAL_LINEAR,
+    FUSED_OPS,
+    GAUGE_FIXED_LINEAR,
+    LOW_RANK_LINEAR,
+    TENSOR_TRAIN_LOOKUP,
+    TOKEN_MPS_LOOKUP,
+    FusedOp,
+)
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.fuse import Fuse
@@ -67,14 +76,17 @@ def checks(device: str, *, quick: bool) -> list[dict[str, Any]]:
     """Every operation in every dtype over odd shapes, and programs with their chains fused."""
     rows = []
     for op, label, arguments in cases(device, quick=quick):
-        wide = [part.double() if floating(part) else part for part in arguments]
-        error, allowed = distance(op(*arguments), op.chain(*wide)), TOLERANCES[arguments[1].dtype]
+        wide = pytree.tree_map(lambda part: part.double() if floating(part) else part, arguments)
+        dtype = next(part.dtype for part in pytree.tree_leaves(arguments) if floating(part))
+        error, allowed = distance(op(*arguments), op.chain(*wide)), TOLERANCES[dtype]
         rows.append({"op": op.name, "case": label, "error": error, "holds": error <= allowed})
-        given = [part.clone().requires_grad_() if floating(part) else part for part in arguments]
+        given = pytree.tree_map(lambda part: leaf(part, False), arguments)
         results = torch.library.opcheck(op.overload, tuple(given), raise_exception=False)
         rows.append(
             {"op": op.name, "case": f"{label}, opcheck", "holds": set(results.values()) == {"SUCCESS"}}
         )
+        error = gradient_error(op, arguments)
+        rows.append({"op": op.name, "case": f"{label}, gradients", "error": error, "holds": error <= allowed})
         torch._dynamo.reset()
         compiled = torch.compile(lambda *parts, op=op: op(*parts), backend="aot_eager", fullgraph=True)
         error = distance(compiled(*arguments), op.chain(*wide))
@@ -85,6 +97,23 @@ def checks(device: str, *, quick: bool) -> list[dict[str, Any]]:
         if not row["holds"]:
             say(f"FAILED {row}")
     return rows
+
+
+def gradient_error(op: FusedOp, arguments: list[Any]) -> float:
+    """Of all gradients of the sum of squares, against those of the chain in float64."""
+    found = []
+    for run, wide in ((op, False), (op.chain, True)):
+        given = pytree.tree_map(lambda part, wide=wide: leaf(part, wide), arguments)
+        leaves = [part for part in pytree.tree_leaves(given) if floating(part)]
+        y = run(*given)
+        found.append(torch.autograd.grad((y.double() ** 2).sum(), leaves))
+    return max(distance(one, other) for one, other in zip(*found, strict=True))
+
+
+def leaf(part: Any, wide: bool) -> Any:
+    if not floating(part):
+        return part
+    return (part.detach().double() if wide else part.detach().clone()).requires_grad_()
 
 
 def cases(device: str, *, quick: bool) -> list[tuple[FusedOp, str, list[Any]]]:
@@ -119,6 +148,11 @@ def cases(device: str, *, quick: bool) -> list[tuple[FusedOp, str, list[Any]]]:
         for tokens, m1, m2, n1, n2, rank in ((3, 5, 4, 4, 6, 1), (40, 33, 2, 3, 40, 37)):
             blocks = [make(tokens, n1 * n2), make(m2, m1, n1 * rank), make(n1, m2 * rank, n2), make(m1 * m2)]
             found.append((BLOCK_DIAGONAL_LINEAR, f"{dtype}, {tokens} x {n1}·{n2}, rank {rank}", blocks))
+        ids = torch.arange(60, device=device).reshape(4, 15)
+        cores = [make(1, 3, 2, 3), make(3, 4, 3, 4), make(4, 5, 4, 1)]
+        found.append((TENSOR_TRAIN_LOOKUP, f"{dtype}, 3 cores", [ids, cores]))
+        table = make(60, 4 * 3 + 3 * 4)
+        found.append((TOKEN_MPS_LOOKUP, f"{dtype}, rank 3", [ids, table, [1, 3, 1], [4, 4], 14]))
     return found
 
 

@@ -46,7 +46,7 @@ Cells of the middle columns: µs (MB through memory, MB through L2 for kernels, 
 quarter of that at which a low-rank pair is as large as the weight. Ranks go in steps of 16, blocks' by 1.
 
 What follows from it: `OptimizedModel.fused` takes the kernels for few tokens at small ranks,
-and for blocks, whose chain copies z twice; elsewhere two matmuls stay, as every price says so.
+and for blocks at few tokens, whose chain copies z and y; elsewhere the chain stays.
 """
 
 

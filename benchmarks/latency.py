@@ -75,7 +75,7 @@ def given(arguments: argparse.Namespace) -> tuple[Any, list, list]:
     limit = arguments.calibration_tokens + arguments.holdout_tokens
     settings = {"length": 512, "batch_size": 2, "max_positions": source.max_positions}
     batches = list(windows(text, tokenizer=source.tokenizer, limit_tokens=limit, **settings))
-    held = arguments.holdout_tokens // 1024
+    held = max(1, arguments.holdout_tokens // 1024)
     return source.model, batches[:-held], batches[-held:]
 
 

@@ -22,6 +22,7 @@ class Device:
         processors: streaming multiprocessors, or cores.
         cache_bytes_per_s: bandwidth of the cache that all processors share; None where no figure is known,
             and then it counts as no faster than memory.
+        has_kernels: whether those of `geofx.ops` run there.
         source: where the figures are from.
     """
 
@@ -31,6 +32,7 @@ class Device:
     launch_s: float
     processors: int = 1
     cache_bytes_per_s: float | None = None
+    has_kernels: bool = True
     source: str = ""
 
 

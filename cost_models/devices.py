@@ -58,6 +58,7 @@ DEVICES: Mapping[str, Device] = {
             bytes_per_s=204.8e9,
             launch_s=2e-6,
             processors=32,
+            has_kernels=False,
             source="32 cores of 2 AVX-512 FMA units, 2.6 GHz (32 · 2 · 16 · 2 · 2.6e9); 8 x DDR4-3200",
         ),
     )

@@ -78,7 +78,9 @@ class Shape:
         r = _blocks(self.rank, tile.rank)
         inputs = _blocks(self.inputs, tile.inputs) * tile.inputs
         flops = 2.0 * tile.tokens * tile.rank * (inputs + tile.outputs) * r * t * m
-        read = r * min(tile.tokens, self.tokens) * self.inputs + self.rank * (self.inputs + tile.outputs)
+        read = r * min(tile.tokens, self.tokens) * self.inputs + self.rank * (
+            self.inputs + min(tile.outputs, self.outputs)
+        )
         return Work(flops, self._bytes(self.outputs, item), float(item * read * t * m), t * m)
 
     def gauge_fixed(self, dtype: str, tile: Tile) -> Work:
@@ -86,8 +88,9 @@ class Shape:
         others = self.outputs - self.rank
         expanded = Shape(self.tokens, self.inputs, others, self.rank).low_rank(dtype, tile)
         item, t, z = ITEM_BYTES[dtype], _blocks(self.tokens, tile.tokens), _blocks(self.rank, tile.outputs)
-        flops = 2.0 * tile.tokens * tile.outputs * self.inputs * t * z
-        read = (min(tile.tokens, self.tokens) + tile.outputs) * self.inputs
+        inputs = _blocks(self.inputs, tile.inputs) * tile.inputs
+        flops = 2.0 * tile.tokens * tile.outputs * inputs * t * z
+        read = (min(tile.tokens, self.tokens) + min(tile.outputs, self.rank)) * self.inputs
         return Work(
             flops + expanded.flops,
             self._bytes(others, item) + item * self.tokens * self.rank,

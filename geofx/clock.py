@@ -17,6 +17,7 @@ from geofx.cache import Cache
 from geofx.choice import Choice, Totals
 from geofx.cost_models import DEVICES, Measured, Roofline
 from geofx.errors import ConfigError
+from geofx.fusion import rows_of
 from geofx.latency import interleaved_times
 from geofx.options import Option
 from geofx.patterns import nearest
@@ -100,7 +101,7 @@ class Clock:
         """Original and ``program`` in turns on each target; none where these are computed."""
         found = []
         for target in self.targets if self.is_measured else ():
-            optimized = ready(program, self._inputs(target), target)
+            optimized = ready(program, self._inputs(target), target, self._tokens(target))
             calls = {"original": self._original(target), "optimized": optimized}
             times = interleaved_times(calls, rounds, self.progress)
             pairs = zip(times["optimized"], times["original"], strict=True)
@@ -157,20 +158,18 @@ class Clock:
         costs = [target.weight * model.cost(option) for target, model in self.models.items()]
         return self.saving_ratio * math.fsum(costs)
 
-    @property
-    def _has_tokens(self) -> bool:
-        return any("sequence" in dims.values() for dims in self.original.dynamic_shapes.values())
-
     def _tokens(self, target: Target) -> int:
-        """Of a call; where the model takes no sequences, its rows."""
-        return target.batch * (target.tokens if self._has_tokens else 1)
+        return rows_of(self.original, target)
 
     def _inputs(self, target: Target) -> dict[str, Tensor]:
-        return bench_inputs(self.original, target.batch, target.tokens if self._has_tokens else None)
+        return bench_inputs(
+            self.original, target.batch, target.tokens if self.original.takes_sequences else None
+        )
 
     def _original(self, target: Target) -> Callable[[], Any]:
         if target not in self._calls:
-            self._calls[target] = ready(self.original, self._inputs(target), target)
+            rows = self._tokens(target)
+            self._calls[target] = ready(self.original, self._inputs(target), target, rows)
         return self._calls[target]
 
     @cached_property

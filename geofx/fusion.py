@@ -21,6 +21,7 @@ from geofx.ops import (
     TOKEN_MPS_LOOKUP,
     FusedOp,
 )
+from geofx.ops.table_lookups import tensor_train_tiles, token_mps_fits
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.fuse import Fuse, Pays
@@ -31,35 +32,43 @@ from geofx.workload import counted
 ROUNDS = 11
 
 
-def fused(program: Program, target: Target) -> Program:
+def rows_of(program: Program, target: Target) -> int:
+    """Tokens of a call of ``program`` on ``target``; where it takes no sequences, its rows."""
+    return target.batch * (target.tokens if program.takes_sequences else 1)
+
+
+def fused(program: Program, target: Target, rows: int) -> Program:
     """``program`` with the operations of `geofx.ops` that pay on ``target``; itself where none does.
 
     On CUDA each is timed against its chain, on a paper device both are computed
-    (`geofx.cost_models.kernels`), and a CPU has no kernels. The result is there to be run, on CUDA if that is
-    the target: what is saved and exported is ``program``.
+    (`geofx.cost_models.kernels`), for ``rows`` tokens; a CPU has no kernels. Maps that share R are compared
+    as one stacked chain. The result is there to be run, on CUDA if that is the target: what is saved and, by
+    default, exported is ``program``.
 
     Raises:
         ConfigError: there is no CUDA device, or the paper device is not known.
     """
     if target.device == "cpu" or target.runtime == "onnxruntime":
         return program
-    pays = _price(target)
+    pays = _price(target, rows)
+    if pays is None:
+        return program
     there = program.moved("cuda") if target.device == "cuda" else program
     clone = there.clone()
     changed = run_passes(clone, [Fuse(pays), Cleanup()])
     return clone if changed else there
 
 
-def _price(target: Target) -> Pays:
-    tokens = target.batch * target.tokens
+def _price(target: Target, rows: int) -> Pays | None:
     if target.is_measured:
         if not torch.cuda.is_available():
             raise ConfigError("no CUDA device is there", where=str(target), fix="use a paper device")
-        return partial(timed_to_pay, tokens)
+        return partial(timed_to_pay, rows)
     if target.device not in DEVICES:
         fix = f"use one of {', '.join(DEVICES)}"
         raise ConfigError(f"unknown device {target.device!r}", where=str(target), fix=fix)
-    return partial(computed_to_pay, DEVICES[target.device], tokens, target.dtype)
+    device = DEVICES[target.device]
+    return partial(computed_to_pay, device, rows, target.dtype) if device.has_kernels else None
 
 
 def computed_to_pay(
@@ -72,7 +81,7 @@ def computed_to_pay(
         return False
     if op in (TENSOR_TRAIN_LOOKUP, TOKEN_MPS_LOOKUP):
         kernel, chain = _lookup(op, arguments, tokens)
-        return kernel.seconds(device, dtype) < chain.seconds(device, dtype)
+        return _has_kernel(op, arguments) and kernel.seconds(device, dtype) < chain.seconds(device, dtype)
     first, second = (tuple(part.shape) for part in factors[:2])
     if op is BLOCK_DIAGONAL_LINEAR:
         kernel_s = fastest_s(device, dtype, partial(block_diagonal, tokens, first, second, dtype))
@@ -101,6 +110,13 @@ def timed_to_pay(tokens: int, op: FusedOp, arguments: tuple[Any, ...]) -> bool:
 
     seconds = interleaved_medians({"op": partial(call, op), "chain": partial(call, op.chain)}, ROUNDS)
     return seconds["op"] < seconds["chain"]
+
+
+def _has_kernel(op: FusedOp, arguments: tuple[Any, ...]) -> bool:
+    """Whether a lookup runs as a kernel, or its chain in place of one."""
+    if op is TOKEN_MPS_LOOKUP:
+        return token_mps_fits(*arguments[2:4])
+    return tensor_train_tiles([tuple(core.shape) for core in arguments[1]]) is not None
 
 
 def _lookup(op: FusedOp, arguments: tuple[Any, ...], tokens: int) -> tuple[Work, Work]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.batches import Batch, inputs_of, split, warn_of_shared_rows
+from geofx.batches import Batch, inputs_of, parted, warn_of_shared_rows
 from geofx.compression import Certificate, certify, parameter_mae
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import OnnxReport, to_onnx
@@ -20,7 +20,7 @@ from geofx.export.pt2 import Pt2Report, to_pt2
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
 from geofx.factorized_module import factorize_module
-from geofx.fusion import fused
+from geofx.fusion import fused, rows_of
 from geofx.objective import UserLoss, choose_objective
 from geofx.parameter_space import ParameterSpace
 from geofx.plan import Plan
@@ -144,8 +144,9 @@ class OptimizedModel:
         Args:
             data: what to train on, as for `analyze`; the original's outputs are the targets.
             teacher: the original; needed after `load`, unless ``module`` was passed there.
-            validation: data to choose the best state on; by default the last eighth of ``data``.
-            holdout: data to measure the result on; by default those of ``validation``.
+            validation: data to choose the best state on; by default the part of ``data`` that `analyze`
+                chooses on, which a model that was refined on these data has not seen.
+            holdout: data to measure the result on; by default those of ``validation``, else the last eighth.
             tokenizer: cuts text into windows.
             loss: the loss to measure in, where the model was optimized for one of its own.
             progress: is told the steps.
@@ -164,8 +165,10 @@ class OptimizedModel:
         unseen = batches_of(validation, tokenizer, names, "validation data", longest)
         if not unseen and len(batches) == 1:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
-        batches, unseen = (batches, unseen) if unseen else split(batches)
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
+        if not unseen:
+            batches, chosen, held = parted(batches, held, validated=True)
+            unseen, held = (chosen, held) if chosen else (held, [])
         warn_of_shared_rows(batches, [*unseen, *held])
         objective, student = choose_objective(original, batches[0], loss), _trainable(here)
         recovery = Recovery(
@@ -228,12 +231,12 @@ class OptimizedModel:
     def fused(self, target: Target) -> Program:
         """The graph as ``target`` runs it best: with operations of `geofx.ops` where their kernels pay.
 
-        To be run, not kept: `save` and the exports hold the standard operations of ``program``.
+        To be run, not kept: `save` and, by default, exports hold the standard operations of ``program``.
 
         Raises:
             ConfigError: there is no such device.
         """
-        return fused(self.program, target)
+        return fused(self.program, target, rows_of(self.program, target))
 
     def to_onnx(self, path: str | Path) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published."""

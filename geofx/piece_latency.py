@@ -71,7 +71,7 @@ class PieceTimer:
     def _call(self, piece: Piece, rows: int, count: int) -> Callable[[], Any]:
         if self.target.runtime != "onnxruntime":
             program = repeated(piece, rows, count)
-            return ready(program, program.example, self.target)
+            return ready(program, program.example, self.target, rows)
         one = repeated(piece, rows, 1)
         return loaded(with_copies(exported(one), count), one.example)
 

@@ -74,6 +74,11 @@ class Program:
             raise ConfigError(f"input {missing[0]!r} is missing", fix=f"pass {', '.join(self.input_names)}")
         return {name: given[name] for name in self.input_names}
 
+    @property
+    def takes_sequences(self) -> bool:
+        """Whether an input has an axis of tokens."""
+        return any("sequence" in dims.values() for dims in self.dynamic_shapes.values())
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every distinct parameter and buffer that the graph reads, by name."""
         seen: set[str] = set()
@@ -108,14 +113,14 @@ class Program:
             return False
 
     def set_tensor(self, name: str, value: Tensor, *, trainable: bool) -> None:
-        """Store ``value`` under dotted ``name`` as a parameter, or as a buffer where not floating."""
+        """Store ``value`` under dotted ``name``: a parameter, or a buffer if not floating or one already."""
         *path, leaf = name.split(".")
         owner: torch.nn.Module = self.graph_module
         for part in path:
             if not hasattr(owner, part):
                 owner.add_module(part, torch.nn.Module())
             owner = getattr(owner, part)
-        if value.is_floating_point() or value.is_complex():
+        if leaf not in owner._buffers and (value.is_floating_point() or value.is_complex()):
             owner.register_parameter(leaf, torch.nn.Parameter(value.detach(), requires_grad=trainable))
         else:
             owner.register_buffer(leaf, value)

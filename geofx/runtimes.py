@@ -37,15 +37,17 @@ def require_runtime(target: Target) -> None:
             )
 
 
-def ready(program: Program, inputs: Mapping[str, Tensor], target: Target) -> Callable[[], Any]:
-    """A function that calls ``program`` on ``inputs`` once, as ``target`` says; it ends with the call.
+def ready(program: Program, inputs: Mapping[str, Tensor], target: Target, rows: int) -> Callable[[], Any]:
+    """A function that calls ``program`` on ``inputs``, ``rows`` tokens, once, as ``target`` says.
+
+    It ends when the call is done.
 
     Raises:
         ExportError: the program cannot be compiled or exported.
     """
     if target.runtime == "onnxruntime":
         return loaded(exported(program), inputs)
-    there = fused(program, target)
+    there = fused(program, target, rows)
     given = {name: value.to(target.device) for name, value in inputs.items()}
     module: Callable[..., Any] = there.graph_module
     if target.runtime == "compile":

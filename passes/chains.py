@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,13 +78,23 @@ def shapes_of(program: Program) -> Shapes:
 
 
 def written_nodes(program: Program) -> set[fx.Node]:
-    """What nodes of the graph write to: it is not what it was when they are through."""
+    """Whose memory nodes of the graph write to: it is not what it was when they are through."""
     found = set()
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None and schema.is_mutable:
-            found |= {origin(part) for part in node.all_input_nodes}
+            found |= {owner(part) for part in node.all_input_nodes}
     return found
+
+
+def owner(node: fx.Node) -> fx.Node:
+    """Whose memory ``node`` may be."""
+    while node.op == "call_function" and node.all_input_nodes:
+        returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+        if node.target is not operator.getitem and not any(part.alias_info for part in returns):
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def origin(node: Any) -> Any:
@@ -139,6 +150,8 @@ def _block_diagonal(node: fx.Node, shapes: Shapes) -> Chain | None:
     outer = _bmm(origin(node))
     inner = _bmm(origin(outer[0])) if outer else None
     if outer is None or inner is None:
+        return None
+    if len(shapes[outer[1]]) != 3 or len(shapes[inner[1]]) != 3:
         return None
     (m2, m1, _), (n1, _, n2) = shapes[outer[1]], shapes[inner[1]]
     x = inner[0]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from geofx.annotations import REWRITE, Key
 from geofx.ops import GAUGE_FIXED_LINEAR, LOW_RANK_LINEAR, TENSOR_TRAIN_LOOKUP, TOKEN_MPS_LOOKUP, FusedOp
-from geofx.passes.chains import Chain, find_linear_chains, origin, shapes_of, written_nodes
+from geofx.passes.chains import Chain, find_linear_chains, owner, shapes_of, written_nodes
 from geofx.passes.lookups import find_lookups
 from geofx.program import Program
 
@@ -47,23 +47,17 @@ class Fuse:
         """Replace the chains that pay; True when there was one."""
         fusing = _Fusing(program)
         changed = False
-        for group in _groups(fusing.chains()):
-            made = fusing.operation(group)
-            if self.pays(group[0].op, (fusing.x_of(group[0], "meta"), *made[1:])) and all(
-                fusing.holds(chain) for chain in group
-            ):
-                fusing.replace(group, made)
-                changed = True
+        for found in fusing.groups():
+            group = [chain for chain in found if chain.end.users]
+            if group and self._pays(fusing, group):
+                group = [chain for chain in group if fusing.holds(chain)]
+                if group:
+                    fusing.replace(group, fusing.operation(group))
+                    changed = True
         return changed
 
-
-def _groups(chains: Iterator[Chain]) -> list[list[Chain]]:
-    """Low-rank chains of one x and one R together, every other chain by itself."""
-    groups: dict[Any, list[Chain]] = defaultdict(list)
-    for chain in chains:
-        shares = chain.op is LOW_RANK_LINEAR
-        groups[(chain.x, str(chain.tensors[1].target)) if shares else chain.end].append(chain)
-    return list(groups.values())
+    def _pays(self, fusing: _Fusing, group: list[Chain]) -> bool:
+        return self.pays(group[0].op, (fusing.x_of(group[0], "meta"), *fusing.operation(group)[1:]))
 
 
 class _Fusing:
@@ -72,12 +66,27 @@ class _Fusing:
     def __init__(self, program: Program) -> None:
         self.program, self.count = program, 0
         self.shapes, self.written = shapes_of(program), written_nodes(program)
+        self.order = {node: place for place, node in enumerate(program.graph.nodes)}
 
-    def chains(self) -> Iterator[Chain]:
-        """Every chain whose x stays what it is."""
+    def groups(self) -> list[list[Chain]]:
+        """Low-rank chains of one x and one R together, every other chain by itself; the last to end first.
+
+        What reads the end of a chain is so replaced before that chain is.
+        """
+        groups: dict[Any, list[Chain]] = defaultdict(list)
+        for chain in self._chains():
+            shares = chain.op is LOW_RANK_LINEAR
+            groups[(chain.x, str(chain.tensors[1].target)) if shares else chain.end].append(chain)
+        return sorted(groups.values(), key=lambda group: -min(self.order[chain.end] for chain in group))
+
+    def _chains(self) -> Iterator[Chain]:
+        """Chains of one dtype whose x and constants stay what they are."""
         for find in (find_linear_chains, find_lookups):
             for chain in find(self.program, self.shapes):
-                if origin(chain.x) not in self.written:
+                constants = [node for node in (*chain.tensors, chain.bias) if node is not None]
+                dtypes = {self._tensor(node).dtype for node in constants}
+                alike = len({dtype for dtype in dtypes if dtype.is_floating_point}) == 1
+                if alike and not {owner(chain.x), *constants} & self.written:
                     yield chain
 
     def operation(self, group: list[Chain]) -> tuple[Any, ...]:
@@ -117,8 +126,11 @@ class _Fusing:
         if chain.op in LOOKUPS:
             x = torch.randint(self._rows(chain), x.shape, device=device)
         known: dict[fx.Node, Any] = {chain.x: x}
-        with torch.no_grad():
-            wanted, found = self._value(chain.end, known), chain.op.chain(x, *others)
+        try:
+            with torch.no_grad():
+                wanted, found = self._value(chain.end, known), chain.op.chain(x, *others)
+        except (RuntimeError, IndexError):  # constants of other shapes than the operation takes
+            return False
         if wanted.shape != found.shape:
             return False
         return bool((wanted - found).abs().max() <= TOLERANCE * wanted.abs().max())
@@ -126,8 +138,7 @@ class _Fusing:
     def replace(self, group: list[Chain], made: tuple[Any, ...]) -> None:
         """Put the operation where the first of the group ended."""
         graph = self.program.graph
-        order = {node: place for place, node in enumerate(graph.nodes)}
-        with graph.inserting_before(min((chain.end for chain in group), key=order.__getitem__)):
+        with graph.inserting_before(min((chain.end for chain in group), key=self.order.__getitem__)):
             arguments = pytree.tree_map_only(Tensor, self._stored, made)
             whole = graph.call_function(group[0].op.overload, tuple(arguments))
             parts, start = [whole], 0
@@ -141,6 +152,9 @@ class _Fusing:
             part.meta = dict(chain.end.meta)
             _carry_rewrite(chain, part)
             chain.end.replace_all_uses_with(part)
+            for user in part.users:
+                if user.target is aten.view.default:  # a part of y is not in one run of memory
+                    user.target = aten.reshape.default
         if len(group) > 1:
             whole.meta = {key: value for key, value in group[0].end.meta.items() if key == "nn_module_stack"}
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from geofx.ops import TENSOR_TRAIN_LOOKUP, TOKEN_MPS_LOOKUP
-from geofx.passes.chains import VIEWS, Chain, Shapes, is_constant
+from geofx.passes.chains import VIEWS, Chain, Shapes, is_constant, origin
 from geofx.program import Program
 
 aten = torch.ops.aten
@@ -40,25 +40,28 @@ STEPS = VIEWS | {
 
 def find_lookups(program: Program, shapes: Shapes) -> Iterator[Chain]:
     """Rows of tables of tensor trains and of matrix product states."""
-    for ids in [node for node in program.graph.nodes if _is_looked_up(node)]:
+    for ids in _looked_up(program):
         reached = _reached(program, ids)
         found: dict[tuple[fx.Node, ...], Chain] = {}
         for end in reached:
-            if shapes.get(end, ())[:-1] == shapes[ids]:
+            if len(shapes.get(end, ())) > 1 and shapes[end][:-1] == shapes.get(ids):
                 chain = _tensor_train(ids, end, reached, shapes) or _token_mps(ids, end, reached, shapes)
                 if chain is not None:
                     known = found.get(chain.tensors)
-                    if known is None or shapes[end][-1] >= shapes[known.end][-1]:
+                    if known is None or shapes[end][-1] > shapes[known.end][-1]:
                         found[chain.tensors] = chain
         yield from found.values()
 
 
-def _is_looked_up(node: fx.Node) -> bool:
-    return any(
-        user.target in (aten.flatten.using_ints, aten.embedding.default) and user.args[0] is not None
-        for user in node.users
-        if node.op == "placeholder"
-    )
+def _looked_up(program: Program) -> list[fx.Node]:
+    """What may be ids: whatever rows of a table are asked by, or taken apart into digits."""
+    found: dict[Any, None] = {}
+    for node in program.graph.nodes:
+        if node.target is aten.flatten.using_ints:
+            found[node.args[0]] = None
+        elif node.target is aten.embedding.default:
+            found[node.args[1]] = None
+    return list(found)
 
 
 def _reached(program: Program, ids: fx.Node) -> list[fx.Node]:
@@ -87,16 +90,10 @@ def _constants(nodes: list[fx.Node]) -> tuple[fx.Node, ...]:
     found: dict[fx.Node, None] = {}
     for node in nodes:
         if node.target in (aten.embedding.default, aten.index_select.default):
-            table = _table(node.args[0])
+            table = origin(node.args[0])
             if is_constant(table):
                 found[table] = None
     return tuple(found)
-
-
-def _table(node: Any) -> Any:
-    while isinstance(node, fx.Node) and node.target in VIEWS:
-        node = node.args[0]
-    return node
 
 
 def _tensor_train(ids: fx.Node, end: fx.Node, reached: list[fx.Node], shapes: Shapes) -> Chain | None:

@@ -186,10 +186,13 @@ def test_export(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert main(["export", str(saved)]) == 2
     capfd.readouterr()
     file = tmp_path / "model.onnx"
-    assert main(["export", str(saved), "--onnx", str(file), "--json"]) == 0
+    archive = tmp_path / "model.pt2"
+    assert main(["export", str(saved), "--onnx", str(file), "--pt2", str(archive), "--json"]) == 0
     made = json.loads(capfd.readouterr().out)
     assert made["onnx"]["path"] == "model.onnx"
+    assert made["pt2"]["operations"] == []
     assert file.is_file()
+    assert archive.is_file()
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "bench", "export"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import build, example
 
 import geofx
 from geofx.errors import ArtifactError, ConfigError, ExportError, VerificationError
@@ -15,7 +16,6 @@ from geofx.export import pt2
 from geofx.export.pt2 import to_pt2
 from geofx.factorizations import LowRank
 from geofx.model import OptimizedModel
-from tests.tiny_models import build, example
 
 IDS = "[torch.ones(3, 9).long()] * 2"
 LOAD = f"import sys, torch; print(torch.export.load(sys.argv[1]).module()(*{IDS})[0].shape)"

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from factorization_cases import CASES
+from tiny_models import build, example
 from torch import Tensor, fx, nn
 
 import geofx
@@ -18,7 +20,6 @@ from geofx.passes.fuse import Fuse
 from geofx.piece import Piece
 from geofx.piece_latency import repeated
 from geofx.program import Program
-from tests.tiny_models import build, example
 
 
 def always(op: FusedOp, arguments: tuple[Any, ...]) -> bool:
@@ -165,10 +166,97 @@ class Writing(nn.Module):
         return self.up(z) + copied.sum()
 
 
-@pytest.mark.parametrize("make", [Blocks, Shared, Writing])
+class WritingAView(Writing):
+    """A view of x is written to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        copied = x.clone()
+        z = self.down(copied)
+        copied[:, 0].unsqueeze(1).add_(1.0)
+        return self.up(z) + copied.sum()
+
+
+class Promoting(Writing):
+    """The bias is of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(3, 12, bias=False)
+        self.bfloat16()
+        self.shift = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x.bfloat16())) + self.shift
+
+
+@pytest.mark.parametrize("make", [Blocks, Shared, Writing, WritingAView, Promoting])
 def test_what_only_looks_like_a_chain_stays(make: type[nn.Module]) -> None:
     program = geofx.trace(make(), {"x": torch.randn(2, 3, 8)})
     assert operations(fused(program)) == []
+
+
+def test_chains_that_follow_each_other_or_overlap() -> None:
+    sizes = ((8, 3, False), (3, 12, True), (12, 5, False), (5, 4, False), (4, 7, True))
+    model = nn.Sequential(*(nn.Linear(*size[:2], bias=size[2]) for size in sizes))
+    program = geofx.trace(model, {"input": torch.randn(2, 3, 8)})
+    found = fused(program)
+    assert operations(found) == ["geofx.low_rank_linear"] * 2
+    assert "aten.linear.default" in {str(node.target) for node in found.graph.nodes}
+    x = torch.randn(4, 3, 8)
+    torch.testing.assert_close(found(x), program(x))
+
+
+class Sharing(nn.Module):
+    """Maps of one projection, with and without a bias, one viewed in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.first = nn.Linear(8, 3, bias=False), nn.Linear(3, 12)
+        self.second, self.third = nn.Linear(3, 6, bias=False), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.down(x)
+        return self.first(z).view(x.shape[0], -1), self.second(z), self.third(z)
+
+
+def test_members_of_a_group_keep_their_biases_and_views() -> None:
+    program = geofx.trace(Sharing(), {"x": torch.randn(2, 3, 8)})
+    found = fused(program)
+    assert operations(found) == ["geofx.low_rank_linear"]
+    x = torch.randn(2, 3, 8)
+    for one, other in zip(found(x), program(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_format_is_fused_into_other_numbers(name: str) -> None:
+    case = CASES[name]
+    maps = tuple(((part.shape[0], part.shape[1]), False) for part in case.structured)
+    program = repeated(Piece(case.small, case.kind, maps, "float32"), 4, 1)
+    found = fused(program)
+    for one, other in zip(found(**program.example), program(**program.example), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lookup_that_is_scaled_ends_before_that() -> None:
+    form = TensorTrain((3, 4), (2, 3), (3,))
+    program = repeated(Piece(form, "embedding", (((12, 6), False),), "float32"), 5, 1)
+    (column,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+    with program.graph.inserting_before(column):
+        scaled = program.graph.call_function(torch.ops.aten.mul.Tensor, (column.args[0], 4.0))
+    column.replace_input_with(column.args[0], scaled)
+    program.graph_module.recompile()
+    found = fused(program)
+    assert operations(found) == ["geofx.tensor_train_lookup"]
+    x = torch.randint(12, (1, 5))
+    torch.testing.assert_close(found(x0=x)[0], program(x0=x)[0])
+
+
+def test_buffers_move_as_buffers() -> None:
+    program = repeated(Piece(LowRank(3), "single", (((12, 8), False),), "float32"), 5, 2)
+    moved = program.moved("meta")
+    assert {tensor.device.type for _, tensor in moved.tensors()} == {"meta"}
+    assert dict(moved.graph_module.named_buffers()).keys() == dict(program.tensors()).keys()
 
 
 def test_a_graph_moved_elsewhere_makes_its_tensors_there() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import build, example
 
+import geofx
 from geofx import Target
 from geofx.cost_models import DEVICES, Device
 from geofx.cost_models.kernels import (
@@ -17,7 +19,7 @@ from geofx.cost_models.kernels import (
 )
 from geofx.errors import ConfigError
 from geofx.factorizations import GaugeFixed, LowRank, Monarch, TensorTrain, TokenMPS
-from geofx.fusion import fused, timed_to_pay
+from geofx.fusion import fused, rows_of, timed_to_pay
 from geofx.ops import LOW_RANK_LINEAR
 from geofx.ops.tiles import Tile
 from geofx.piece import Piece
@@ -104,7 +106,7 @@ def operations(program: Program) -> set[str]:
 def test_a_paper_device_gets_the_operations_that_pay(form: object, name: str) -> None:
     target = Target(device="h100-sxm", tokens=1)
     program = program_of(form)
-    made = fused(program, target)
+    made = fused(program, target, target.tokens)
     assert operations(made) == {name}
     for one, other in zip(made(**program.example), program(**program.example), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -113,25 +115,42 @@ def test_a_paper_device_gets_the_operations_that_pay(form: object, name: str) ->
 def test_what_does_not_pay_and_what_has_no_kernels_is_the_program_itself() -> None:
     program = program_of(LowRank(256))
     many = Target(device="h100-sxm", tokens=4096)
-    assert all(fused(other, many) is other for other in (program_of(LowRank(8)), program_of(GaugeFixed(8))))
+    assert all(
+        fused(other, many, 4096) is other for other in (program_of(LowRank(8)), program_of(GaugeFixed(8)))
+    )
     for target in (
         Target(device="h100-sxm", tokens=1),
         Target(tokens=1),
         Target(runtime="onnxruntime", tokens=1),
         Target(runtime="compile", tokens=1),
+        Target(device="server-cpu", tokens=1),
     ):
-        assert fused(program, target) is program
+        assert fused(program, target, target.tokens) is program
     double = program_of(LowRank(8), torch.float64)
-    assert fused(double, Target(device="h100-sxm", tokens=1)) is double, "no peak, no price"
+    assert fused(double, Target(device="h100-sxm", tokens=1), 1) is double, "no peak, no price"
+
+
+def test_a_lookup_without_a_kernel_stays() -> None:
+    four, odd = TensorTrain((4, 4, 4, 8), (4, 4, 4, 8), (4, 4, 4)), TokenMPS(512, 14)
+    target = Target(device="h100-sxm", tokens=1)
+    for form in (four, odd):
+        program = program_of(form)
+        assert fused(program, target, 1) is program
+
+
+def test_rows_are_those_of_a_call() -> None:
+    target = Target(batch=3, tokens=7)
+    assert rows_of(geofx.trace(build("mlp"), example("mlp")), target) == 3
+    assert rows_of(geofx.trace(build("bert"), example("bert")), target) == 21
 
 
 def test_targets_that_are_not_there() -> None:
     program = program_of(LowRank(8))
     with pytest.raises(ConfigError, match=r"unknown device 'h200'.*use one of h100-sxm"):
-        fused(program, Target(device="h200"))
+        fused(program, Target(device="h200"), 1)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
-            fused(program, Target(device="cuda"))
+            fused(program, Target(device="cuda"), 1)
 
 
 def test_on_cuda_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

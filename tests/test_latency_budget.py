@@ -184,7 +184,7 @@ def test_a_piece_alone_computes_what_its_form_does() -> None:
         for copy, output in enumerate(outputs):
             scaled = {name: part * (1.0 + copy / 1024) for name, part in factors.items()}
             torch.testing.assert_close(output, form.apply(x, scaled)[..., :1], rtol=1e-5, atol=1e-6)
-        eager = ready(program, program.example, Target())()
+        eager = ready(program, program.example, Target(), 1)()
         copied = loaded(with_copies(exported(repeated(piece, 5, 1)), 3), program.example)()
         for found in (eager, copied):
             torch.testing.assert_close(torch.as_tensor(found[2]), outputs[2], rtol=1e-4, atol=1e-5)

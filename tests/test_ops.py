@@ -215,6 +215,22 @@ def test_gradients_under_autocast_are_those_of_the_chain() -> None:
         assert torch.equal(one, other)
 
 
+def test_under_autocast_the_chain_decides_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, given = fresh("low_rank")
+    kernels = Kernels(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op._on_cuda(*given).dtype == torch.bfloat16
+        assert kernels.calls == 0
+        op._on_cuda(*(part.bfloat16() for part in given))
+    assert kernels.calls == 1
+
+
+def test_gradients_without_storage() -> None:
+    given = [part.to("meta").requires_grad_() for part in fresh("low_rank")[1]]
+    ops.low_rank_linear(*given).sum().backward()
+    assert [part.grad.shape for part in given] == [part.shape for part in given]
+
+
 def test_mixed_dtypes_run_as_the_chain_would(monkeypatch: pytest.MonkeyPatch) -> None:
     op, make = CASES["low_rank"]
     monkeypatch.setattr(type(op), "launch", lambda self: pytest.fail("launched"))

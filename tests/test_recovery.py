@@ -8,6 +8,7 @@ from typing import Any
 
 import accelerate
 import pytest
+import tiny_models
 import torch
 from recovered import SETTINGS, batches, compressed, factors_of
 from torch import nn
@@ -17,6 +18,7 @@ from geofx import Budget, OptimizedModel
 from geofx.errors import CalibrationError, ConfigError, NumericsError
 from geofx.factorizations import Factored
 from geofx.program import flat_tensors
+from geofx.recovery import Recovery
 from geofx.report import Report
 from geofx.training import Training, native_autocast
 
@@ -306,3 +308,31 @@ def test_arguments_that_are_no_tensors_are_passed_on() -> None:
     )
     for one, other in zip(found, expected, strict=True):
         assert one["validation"] == pytest.approx(other["validation"], rel=1e-3)
+
+
+@pytest.mark.parametrize("held", [0, 2])
+def test_validated_and_measured_on_what_the_analysis_kept_apart(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, holdout = batches("mlp", 10), batches("mlp", held, 10)
+    options = {"holdout": holdout} if held else {}
+    analysis = geofx.analyze(tiny_models.build("mlp"), every, effort="balanced", **options)
+    result = analysis.apply(analysis.plan(Budget(size=0.12, scope="factorizable")))
+    seen: list[Any] = []
+    real = Recovery.run
+
+    def run(self: Recovery, data: list[Any], validation: list[Any]) -> Any:
+        seen.append(([*data], [*validation]))
+        return real(self, data, validation)
+
+    monkeypatch.setattr(Recovery, "run", run)
+    after = result.recover(every, **options, **SETTINGS)
+    ((data, validation),) = seen
+    assert sums(data) == sums(analysis.calibration)
+    assert sums(validation) == sums(analysis.validation)
+    assert after.fidelity is not None
+    assert after.fidelity.data == result.fidelity.data
+
+
+def sums(data: list[Any]) -> list[float]:
+    return [float(batch["input"].double().sum()) for batch in data]

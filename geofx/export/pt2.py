@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,9 @@ def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> 
         exported = captured(program)
         exported._example_inputs = None  # torch would store them in a pickle
         staged = folder / target.name
-        torch.export.save(exported, staged)
+        buffer = io.BytesIO()  # to a path, torch aborts the process when the disk is full
+        torch.export.save(exported, buffer)
+        staged.write_bytes(buffer.getbuffer())
         axes = program.dynamic_shapes
         cases = list(make_cases(run, shortened(run, program.example, axes), axes))
         differences = run_alone(staged, cases, rtol, with_geofx=bool(operations))

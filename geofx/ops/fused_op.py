@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class FusedOp:
         """The kernel, after checks that the chain would make; the chain where there is none that works."""
         floats = [part for part in pytree.tree_leaves(args) if _is_floating(part)]
         alike = len({part.dtype for part in floats}) == 1 and floats[0].dtype in KERNEL_DTYPES
-        if not alike or self.failure is not None or not has_triton():
+        if not alike or _is_cast(floats[0]) or self.failure is not None or not has_triton():
             return self.chain(*args)
         self._require(*args)
         try:
@@ -93,9 +94,9 @@ class FusedOp:
         if key not in self._known:
             with torch.no_grad():
                 self.chain(*_without_storage(args))
+            if len(self._known) >= SHAPES_LIMIT:
+                self._known.clear()
             self._known[key] = None
-            while len(self._known) > SHAPES_LIMIT:
-                del self._known[next(iter(self._known))]
 
     def _backward(self, context: Any, *gradients: Any) -> Any:
         """The vector-Jacobian product of the chain, run again under the autocast of the first run."""
@@ -105,7 +106,7 @@ class FusedOp:
         needed = pytree.tree_leaves(context.needs_input_grad)
         wanted = [place for place, value in enumerate(values) if _is_floating(value) and needed[place]]
         again = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(**context.autocast):
+        with torch.enable_grad(), context.autocast():
             for place in wanted:
                 value = values[place]
                 values[place] = value.view_as(value) if again else value.detach().requires_grad_()
@@ -137,15 +138,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         [_SAVED if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
     )
     device = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
-    ctx.autocast = {
-        "device_type": device,
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-    }
+    ctx.autocast = nullcontext
+    if torch.amp.is_autocast_available(device):
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
 def _without_storage(args: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), args)
+
+
+def _is_cast(part: Tensor) -> bool:
+    """Whether autocast would have the chain compute in another dtype."""
+    device = part.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return part.dtype != torch.get_autocast_dtype(device)
 
 
 def _is_floating(value: Any) -> bool:

@@ -23,7 +23,8 @@ def _chain(
         before, after = others[..., :start], others[..., start:]
         y = torch.cat([before, spanned, after], -1)
     else:
-        y = torch.cat([spanned, others], -1).index_select(-1, torch.argsort(places))
+        found = torch.cat([spanned, others], -1)
+        y = torch.zeros_like(found).index_copy(-1, places.long(), found)
     return y if bias is None else y + bias
 
 

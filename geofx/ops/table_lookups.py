@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,6 +34,44 @@ def _token_mps_chain(
         state = (state @ core).reshape(*ids.shape, -1, right)
         start += left * mode * right
     return state.flatten(-2)[..., :columns].contiguous()
+
+
+LEAST = 16
+"""Smallest side of a product of tiles."""
+LARGEST = 2**14
+"""Numbers of a tile that fit into the registers of a program."""
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The next power of two, at least ``least``."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def tensor_train_tiles(shapes: Sequence[Sequence[int]]) -> dict[str, int] | None:
+    """Sides of the kernel's tiles for cores of these shapes; None where it has none for them."""
+    if len(shapes) == 2:
+        (_, _, n1, r1), (_, _, n2, _) = shapes
+        sides = {"N1": padded(n1, LEAST), "R1": padded(r1, LEAST), "N2": padded(n2, LEAST)}
+        tiles = [sides["N1"] * sides["R1"], sides["R1"] * sides["N2"], sides["N1"] * sides["N2"]]
+    elif len(shapes) == 3:
+        (_, _, n1, r1), (_, _, n2, r2), (_, _, n3, _) = shapes
+        sides = {"N1": padded(n1, LEAST), "R1": padded(r1, LEAST), "N2": padded(n2)}
+        sides |= {"R2": padded(r2, LEAST), "N3": padded(n3, LEAST)}
+        tiles = [
+            sides["R1"] * sides["N2"] * sides["R2"],
+            sides["N1"] * sides["N2"] * sides["R2"],
+            sides["N1"] * sides["N2"] * sides["N3"],
+        ]
+    else:
+        return None
+    return sides if max(tiles) <= LARGEST else None
+
+
+def token_mps_fits(bonds: Sequence[int], modes: Sequence[int]) -> bool:
+    """Whether the kernel has a program for rows of such cores."""
+    width = math.prod(modes)
+    largest = width * max(padded(left) * padded(right) for left, right in pairwise(bonds))
+    return largest <= LARGEST and not width & (width - 1)
 
 
 TENSOR_TRAIN_LOOKUP = FusedOp(

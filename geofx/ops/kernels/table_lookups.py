@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from geofx.ops.table_lookups import TENSOR_TRAIN_LOOKUP, TOKEN_MPS_LOOKUP
-
-LEAST = 16
-"""Smallest side of a product of tiles."""
-LARGEST = 2**14
-"""Numbers of a tile that fit into the registers of a program."""
+from geofx.ops.table_lookups import (
+    TENSOR_TRAIN_LOOKUP,
+    TOKEN_MPS_LOOKUP,
+    padded,
+    tensor_train_tiles,
+    token_mps_fits,
+)
 
 
 @triton.jit
@@ -92,58 +92,35 @@ def token_mps_kernel(ids, table, y, numbers, columns, BONDS: tl.constexpr, PADDE
 def tensor_train_lookup(ids: Tensor, cores: Sequence[Tensor]) -> Tensor:
     """The kernel of `geofx.ops.tensor_train_lookup`, for two or three cores that fit; else the chain."""
     shapes = [tuple(core.shape) for core in cores]
-    width = math.prod(shape[2] for shape in shapes)
-    y = cores[0].new_empty(ids.numel(), width)
+    sides = tensor_train_tiles(shapes)
+    if sides is None:
+        result: Tensor = TENSOR_TRAIN_LOOKUP.chain(ids, cores)
+        return result
+    y = cores[0].new_empty(ids.numel(), math.prod(shape[2] for shape in shapes))
     flat, held = ids.reshape(-1), [core.contiguous() for core in cores]
-    if not y.numel():
-        return y.view(*ids.shape, width)
-    if len(cores) == 2:
-        (_, m1, n1, r1), (_, m2, n2, _) = shapes
-        sides = {"N1": _padded(n1), "R1": _padded(r1), "N2": _padded(n2)}
-        if max(sides["N1"] * sides["R1"], sides["R1"] * sides["N2"], sides["N1"] * sides["N2"]) <= LARGEST:
-            two_cores_kernel[(len(flat),)](flat, *held, y, m1, m2, n1, n2, r1, **sides)
-            return y.view(*ids.shape, width)
-    if len(cores) == 3:
-        (_, m1, n1, r1), (_, m2, n2, r2), (_, m3, n3, _) = shapes
-        sides = {
-            "N1": _padded(n1),
-            "R1": _padded(r1),
-            "N2": triton.next_power_of_2(n2),
-            "R2": _padded(r2),
-            "N3": _padded(n3),
-        }
-        tiles = (
-            sides["R1"] * sides["N2"] * sides["R2"],
-            sides["N1"] * sides["N2"] * sides["R2"],
-            sides["N1"] * sides["N2"] * sides["N3"],
-        )
-        if max(tiles) <= LARGEST:
-            three_cores_kernel[(len(flat),)](flat, *held, y, m1, m2, m3, n1, n2, n3, r1, r2, **sides)
-            return y.view(*ids.shape, width)
-    result: Tensor = TENSOR_TRAIN_LOOKUP.chain(ids, cores)
-    return result
+    if y.numel():
+        modes, columns = [shape[1] for shape in shapes], [shape[2] for shape in shapes]
+        bonds = [shape[3] for shape in shapes[:-1]]
+        kernel = two_cores_kernel if len(cores) == 2 else three_cores_kernel
+        kernel[(len(flat),)](flat, *held, y, *modes, *columns, *bonds, **sides)
+    return y.view(*ids.shape, y.shape[1])
 
 
 def token_mps_lookup(
     ids: Tensor, table: Tensor, bonds: Sequence[int], modes: Sequence[int], columns: int
 ) -> Tensor:
     """The kernel of `geofx.ops.token_mps_lookup`, for rows that fit; else the chain."""
-    width, offsets = 1, [0]
-    for left, mode, right in zip(bonds, modes, bonds[1:], strict=False):
-        width, offsets = width * mode, [*offsets, offsets[-1] + left * mode * right]
-    padded = [triton.next_power_of_2(bond) for bond in bonds]
-    largest = width * max(left * right for left, right in pairwise(padded))
-    if largest > LARGEST or width & (width - 1):
+    if not token_mps_fits(bonds, modes):
         result: Tensor = TOKEN_MPS_LOOKUP.chain(ids, table, bonds, modes, columns)
         return result
+    offsets = [0]
+    for left, mode, right in zip(bonds, modes, bonds[1:], strict=False):
+        offsets.append(offsets[-1] + left * mode * right)
     y = table.new_empty(ids.numel(), columns)
     if y.numel():
         token_mps_kernel[(ids.numel(),)](
             ids.reshape(-1), table.contiguous(), y, offsets[-1], columns, BONDS=tuple(bonds),
-            PADDED=tuple(padded), MODES=tuple(modes), OFFSETS=tuple(offsets), CORES=len(modes), WIDTH=width,
+            PADDED=tuple(map(padded, bonds)), MODES=tuple(modes), OFFSETS=tuple(offsets), CORES=len(modes),
+            WIDTH=math.prod(modes),
         )  # fmt: skip
     return y.view(*ids.shape, columns)
-
-
-def _padded(size: int) -> int:
-    return max(LEAST, triton.next_power_of_2(size))
