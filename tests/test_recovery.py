@@ -279,6 +279,8 @@ def test_parameters_that_the_outputs_do_not_read_stay_as_they_are() -> None:
     losses = [row["validation"] for row in after.report.recovery]
     assert min(losses) < losses[0]
     assert torch.equal(after.to_module().unused.bias, model.unused.bias)
+    assert after.report.notes[-1].endswith("measured on held-out batches")
+    after = before.recover(batches("mlp"), validation=batches("mlp", 1, 6), **SETTINGS)
     assert after.report.notes[-1].endswith("the batches that the best state was chosen on")
 
 
