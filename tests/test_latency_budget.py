@@ -67,7 +67,7 @@ def paper(monkeypatch: pytest.MonkeyPatch, analysis: Analysis) -> Callable[[floa
     dense = 2.0 * 4 * WIDTH * WIDTH
 
     def with_share(share: float) -> None:
-        def made(program: Any, inputs: Any, target: Target) -> Callable[[], float]:
+        def made(program: Any, inputs: Any, target: Target, rows: int) -> Callable[[], float]:
             flops = sum(2.0 * part.numel() for _, part in program.tensors() if part.dim() == 2)
             return lambda: 1e-9 * target.batch * (dense - share * (dense - flops))
 
