@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, config_of
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, parted, warn_of_shared_rows
+from geofx.batches import Batch, split, spread, warn_of_shared_rows
 from geofx.budget import Budget
 from geofx.digest import hash_tensors
 from geofx.effort import Effort, Level, effort_named, loss_on
@@ -164,12 +164,15 @@ class _Parts:
     @classmethod
     def of(cls, batches: list[Batch], held: list[Batch], level: Effort) -> _Parts:
         """Parts of the batches that are given, where none are given for them."""
-        leaking = not held and len(batches) == 1
+        leaking, validation = not held and len(batches) == 1, list[Batch]()
         if leaking:
             logger.warning("one batch is both calibration and held-out data: the measured loss is too good")
         warn_of_shared_rows(batches, held)
-        batches, validation, held = parted(batches, held, validated=level.validated)
-        if level.validated and not validation:
+        if not held and batches:
+            batches, held = split(batches)
+        if level.validated and len(batches) > 1:
+            batches, validation = spread(batches)
+        elif level.validated:
             logger.warning("too few batches to set some apart for choices: no more is done than with 'fast'")
         return cls(batches, validation, held, leaking)
 

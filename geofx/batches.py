@@ -80,23 +80,6 @@ def spread(batches: list[Batch], ratio: float = HOLDOUT_RATIO) -> tuple[list[Bat
     return rest, [batches[place] for place in sorted(places)]
 
 
-def parted(
-    batches: list[Batch], held: list[Batch], *, validated: bool
-) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """Batches to learn from, to choose on and to measure on; the last are ``held`` where there are some.
-
-    Else the last eighth is measured on; of the rest an eighth, evenly spread, is chosen on, none where one
-    batch is left. The same batches always fall into the same parts: a model that was made from some is
-    trained further, validated and measured on the same ones.
-    """
-    if not held and batches:
-        batches, held = split(batches)
-    if not validated or len(batches) < 2:
-        return batches, [], held
-    batches, chosen = spread(batches)
-    return batches, chosen, held
-
-
 def warn_of_shared_rows(trained: Iterable[Batch], held: Iterable[Batch]) -> None:
     """Say how many rows to measure on are among those that the factors are made from."""
     shared = rows_in_both(trained, held)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.batches import Batch, inputs_of, parted, warn_of_shared_rows
+from geofx.batches import Batch, inputs_of, split, spread, warn_of_shared_rows
 from geofx.compression import Certificate, certify, parameter_mae
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import OnnxReport, to_onnx
@@ -144,9 +144,9 @@ class OptimizedModel:
         Args:
             data: what to train on, as for `analyze`; the original's outputs are the targets.
             teacher: the original; needed after `load`, unless ``module`` was passed there.
-            validation: data to choose the best state on; by default the part of ``data`` that `analyze`
-                chooses on, which a model that was refined on these data has not seen.
-            holdout: data to measure the result on; by default those of ``validation``, else the last eighth.
+            validation: data to choose the best state on; by default an eighth of ``data``: what `analyze`
+                keeps apart of these, so that a model that was refined on them has not seen it.
+            holdout: data to measure the result on; by default those of ``validation``.
             tokenizer: cuts text into windows.
             loss: the loss to measure in, where the model was optimized for one of its own.
             progress: is told the steps.
@@ -167,8 +167,7 @@ class OptimizedModel:
             raise CalibrationError("one batch cannot be both trained and validated on", fix="pass more")
         held = batches_of(holdout, tokenizer, names, "held-out data", longest)
         if not unseen:
-            batches, chosen, held = parted(batches, held, validated=True)
-            unseen, held = (chosen, held) if chosen else (held, [])
+            batches, unseen = spread(batches) if held else split(batches)
         warn_of_shared_rows(batches, [*unseen, *held])
         objective, student = choose_objective(original, batches[0], loss), _trainable(here)
         recovery = Recovery(

@@ -279,8 +279,6 @@ def test_parameters_that_the_outputs_do_not_read_stay_as_they_are() -> None:
     losses = [row["validation"] for row in after.report.recovery]
     assert min(losses) < losses[0]
     assert torch.equal(after.to_module().unused.bias, model.unused.bias)
-    assert after.report.notes[-1].endswith("measured on held-out batches")
-    after = before.recover(batches("mlp"), validation=batches("mlp", 1, 6), **SETTINGS)
     assert after.report.notes[-1].endswith("the batches that the best state was chosen on")
 
 
@@ -330,10 +328,9 @@ def test_validated_and_measured_on_what_the_analysis_kept_apart(
     monkeypatch.setattr(Recovery, "run", run)
     after = result.recover(every, **options, **SETTINGS)
     ((data, validation),) = seen
-    assert sums(data) == sums(analysis.calibration)
-    assert sums(validation) == sums(analysis.validation)
+    assert sums(validation) == sums(analysis.validation if held else analysis.holdout)
+    assert set(sums(data)) >= set(sums(analysis.calibration))
     assert after.fidelity is not None
-    assert after.fidelity.data == result.fidelity.data
 
 
 def sums(data: list[Any]) -> list[float]:
