@@ -200,6 +200,11 @@ class Program:
         return result
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` writes to the memory of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def make_on(graph: fx.Graph, device: str) -> None:
     """Have the tensors that the nodes of ``graph`` make by themselves made on ``device``."""
 

@@ -17,7 +17,7 @@ from geofx.linalg import FULL_DECOMPOSITION_LIMIT, add_gram, fill_lower
 from geofx.moments import UNITS, Mode, Moments
 from geofx.objective import Objective
 from geofx.passes.find_sites import linear_nodes, lookup_nodes
-from geofx.program import Program, flat_tensors
+from geofx.program import Program, flat_tensors, writes_in_place
 from geofx.progress import Progress, log_progress
 from geofx.site import Site
 
@@ -83,7 +83,7 @@ class Recorder(fx.Interpreter):
         self.terms, self.seen_rows, self.batches = 0.0, 0, 0
         self.dropped: dict[str, int] = {}
         self.last_bad = ""
-        self.is_mutating = any(_writes_in_place(node) for node in program.graph.nodes)
+        self.is_mutating = any(writes_in_place(node) for node in program.graph.nodes)
         for site in self.linear.values():
             rows, columns = site.shape
             self.grams.setdefault(site.input, _zeros(columns, columns))
@@ -289,10 +289,6 @@ class Recorder(fx.Interpreter):
         fits = peak == 0.0 or SMALLEST < peak < LARGEST
         mean = mean.float() if fits and not self.is_wide else mean
         return fill_lower(mean) if mean.dim() == 2 else mean
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _wide(rows: Tensor) -> Tensor:

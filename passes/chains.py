@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geofx.ops import BLOCK_DIAGONAL_LINEAR, GAUGE_FIXED_LINEAR, LOW_RANK_LINEAR, FusedOp
-from geofx.program import Program
+from geofx.program import Program, writes_in_place
 
 aten = torch.ops.aten
 
@@ -81,8 +81,7 @@ def written_nodes(program: Program) -> set[fx.Node]:
     """Whose memory nodes of the graph write to: it is not what it was when they are through."""
     found = set()
     for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable:
+        if writes_in_place(node):
             found |= {owner(part) for part in node.all_input_nodes}
     return found
 

@@ -49,15 +49,16 @@ class Fuse:
         changed = False
         for found in fusing.groups():
             group = [chain for chain in found if chain.end.users]
-            if group and self._pays(fusing, group):
-                group = [chain for chain in group if fusing.holds(chain)]
-                if group:
-                    fusing.replace(group, fusing.operation(group))
-                    changed = True
+            if not group:
+                continue
+            made = fusing.operation(group)
+            if not self.pays(group[0].op, (fusing.x_of(group[0], "meta"), *made[1:])):
+                continue
+            held = [chain for chain in group if fusing.holds(chain)]
+            if held:
+                fusing.replace(held, made if held == group else fusing.operation(held))
+                changed = True
         return changed
-
-    def _pays(self, fusing: _Fusing, group: list[Chain]) -> bool:
-        return self.pays(group[0].op, (fusing.x_of(group[0], "meta"), *fusing.operation(group)[1:]))
 
 
 class _Fusing:
@@ -66,6 +67,7 @@ class _Fusing:
     def __init__(self, program: Program) -> None:
         self.program, self.count = program, 0
         self.shapes, self.written = shapes_of(program), written_nodes(program)
+        self.names = {id(tensor): name for name, tensor in program.tensors()}
         self.order = {node: place for place, node in enumerate(program.graph.nodes)}
 
     def groups(self) -> list[list[Chain]]:
@@ -160,8 +162,7 @@ class _Fusing:
 
     def _stored(self, part: Tensor) -> fx.Node:
         """A node that reads ``part``: under its own name, or a new one where it was made here."""
-        names = {id(tensor): name for name, tensor in self.program.tensors()}
-        name = names.get(id(part))
+        name = self.names.get(id(part))
         if name is None:
             name = f"fused_{self.count}"
             while self.program.holds(name):
