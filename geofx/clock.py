@@ -17,10 +17,9 @@ from geofx.cache import Cache
 from geofx.choice import Choice, Totals
 from geofx.cost_models import DEVICES, Measured, Roofline
 from geofx.errors import ConfigError
-from geofx.fusion import rows_of
+from geofx.fusion import require_device, rows_of
 from geofx.latency import interleaved_times
 from geofx.options import Option
-from geofx.patterns import nearest
 from geofx.piece_latency import PieceTimer
 from geofx.plan import Plan
 from geofx.program import Program
@@ -197,11 +196,9 @@ def check_targets(targets: Iterable[Target]) -> None:
         fix = "optimize for one kind at a time"
         raise ConfigError("some targets are measured here and some computed", where="target", fix=fix)
     for target in every:
+        require_device(target)
         if target.is_measured:
             require_runtime(target)
-        elif target.device not in DEVICES:
-            fix = f"the nearest are {nearest(target.device, ['cpu', 'cuda', *DEVICES])}"
-            raise ConfigError(f"no device {target.device!r}", where="target", fix=fix)
 
 
 def _key(option: Option) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from geofx.ops.table_lookups import tensor_train_tiles, token_mps_fits
 from geofx.passes.cleanup import Cleanup
 from geofx.passes.contract import run_passes
 from geofx.passes.fuse import Fuse, Pays
+from geofx.patterns import nearest
 from geofx.program import Program
 from geofx.target import Target
 from geofx.workload import counted
@@ -50,6 +51,7 @@ def fused(program: Program, target: Target, rows: int) -> Program:
     """
     if target.device == "cpu" or target.runtime == "onnxruntime":
         return program
+    require_device(target)
     pays = _price(target, rows)
     if pays is None:
         return program
@@ -59,14 +61,23 @@ def fused(program: Program, target: Target, rows: int) -> Program:
     return clone if changed else there
 
 
+def require_device(target: Target) -> None:
+    """Check that a target's device is here, or known on paper.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if target.device == "cuda" and not torch.cuda.is_available():
+        fix = "use device='cpu', or a paper device"
+        raise ConfigError("no CUDA device is there", where=str(target), fix=fix)
+    if not target.is_measured and target.device not in DEVICES:
+        fix = f"the nearest are {nearest(target.device, ['cpu', 'cuda', *DEVICES])}"
+        raise ConfigError(f"no device {target.device!r}", where="target", fix=fix)
+
+
 def _price(target: Target, rows: int) -> Pays | None:
     if target.is_measured:
-        if not torch.cuda.is_available():
-            raise ConfigError("no CUDA device is there", where=str(target), fix="use a paper device")
         return partial(timed_to_pay, rows)
-    if target.device not in DEVICES:
-        fix = f"use one of {', '.join(DEVICES)}"
-        raise ConfigError(f"unknown device {target.device!r}", where=str(target), fix=fix)
     device = DEVICES[target.device]
     return partial(computed_to_pay, device, rows, target.dtype) if device.has_kernels else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ class PieceTimer:
     target: Target
     cache: Cache | None = None
     progress: Progress = log_progress
-    timed: int = field(default=0, init=False)
 
     def __call__(self, pieces: Sequence[Piece], rows: int) -> list[float]:
         """Seconds of one use of each by a call of ``rows`` tokens."""
@@ -65,7 +64,6 @@ class PieceTimer:
             calls[str(number)] = self._call(piece, rows, counts[-1])
             self.progress("time options", number, len(pieces))
         medians = interleaved_medians(calls, ROUNDS, lambda *_: None)
-        self.timed += len(pieces)
         return [medians[str(number)] / count for number, count in enumerate(counts)]
 
     def _call(self, piece: Piece, rows: int, count: int) -> Callable[[], Any]:

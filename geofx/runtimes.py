@@ -19,16 +19,12 @@ from geofx.target import Target
 
 
 def require_runtime(target: Target) -> None:
-    """Check that calls on ``target`` can be timed here.
+    """Check that calls by the runtime of ``target`` can be timed here.
 
     Raises:
-        ConfigError: there is no such device, or the runtime is timed on the CPU only.
+        ConfigError: the runtime is timed on the CPU only.
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    if target.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "no CUDA device is there", where=str(target), fix="use device='cpu', or a paper device"
-        )
     if target.runtime == "onnxruntime":
         require_onnx()
         if target.device != "cpu":

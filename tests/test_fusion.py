@@ -146,7 +146,7 @@ def test_rows_are_those_of_a_call() -> None:
 
 def test_targets_that_are_not_there() -> None:
     program = program_of(LowRank(8))
-    with pytest.raises(ConfigError, match=r"unknown device 'h200'.*use one of h100-sxm"):
+    with pytest.raises(ConfigError, match=r"no device 'h200'.*the nearest are 'h100-sxm'"):
         fused(program, Target(device="h200"), 1)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
