@@ -8,7 +8,7 @@ _ROOT = Path(__file__).parent.parent
 if (_ROOT / "pyproject.toml").is_file():  # run from a checkout: passes/ and cost_models/ lie beside geofx/
     __path__.append(str(_ROOT))
 
-from geofx import recipes  # noqa: E402
+from geofx import recipes, runtime  # noqa: E402
 from geofx.analysis import Analysis  # noqa: E402
 from geofx.api import analyze, load_analysis, optimize  # noqa: E402
 from geofx.budget import Budget  # noqa: E402
@@ -41,5 +41,6 @@ __all__ = [
     "load_analysis",
     "optimize",
     "recipes",
+    "runtime",
     "trace",
 ]

@@ -45,6 +45,7 @@ from geofx.region import TABLES
 from geofx.region_analysis import RegionAnalysis
 from geofx.result_checks import EDITED, require_finite_output, require_planned
 from geofx.site import Skip
+from geofx.sources import GENERATION
 from geofx.stages import Stages
 from geofx.summary import summarize
 from geofx.target import Target, targets_of
@@ -317,7 +318,7 @@ class Analysis:
             rewrites=rewrites,
             module=self.module,
             config=config_of(self.module),
-            files=self.files,
+            files={**_generation_of(self.module), **self.files},
             original=self.original,
         )
 
@@ -373,6 +374,12 @@ def config_of(module: nn.Module | None) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "to_dict"):
         return None
     return {**config.to_dict(), "architectures": [type(module).__name__]}
+
+
+def _generation_of(module: nn.Module | None) -> dict[str, bytes]:
+    """The file of how a model writes when nothing else is said, if it does."""
+    settings = getattr(module, "generation_config", None)
+    return {} if settings is None else {GENERATION: settings.to_json_string().encode()}
 
 
 def _stored(factors: Factors, analysis: RegionAnalysis) -> Factors:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from geofx.analysis import Analysis, config_of
 from geofx.analysis_store import read_analysis
 from geofx.annotations import SITE
-from geofx.batches import Batch, split, spread, warn_of_shared_rows
+from geofx.batches import Batch, longest_sequence, split, spread, warn_of_shared_rows
 from geofx.budget import Budget
 from geofx.digest import hash_tensors
 from geofx.effort import Effort, Level, effort_named, loss_on
@@ -47,7 +47,7 @@ from geofx.site import Skip
 from geofx.spectrum import Spectrum
 from geofx.stages import Stages
 from geofx.target import Target, targets_of
-from geofx.text import batches_of, longest_sequence
+from geofx.text import batches_of
 from geofx.trace import input_names, trace
 
 logger = logging.getLogger(__name__)

@@ -136,6 +136,13 @@ def of_the_data(where: str) -> Iterator[None]:
         raise CalibrationError(what, where=where, fix="pass inputs like those it was traced with") from error
 
 
+def longest_sequence(config: Mapping[str, Any] | None) -> int | None:
+    """The longest sequence that a model's configuration allows; None where it does not say."""
+    known = config or {}
+    value = known.get("max_position_embeddings") or known.get("n_positions")
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """The (batch, sequence) mask of tokens that are not padding, or None where there is no padding."""
     mask = batch.get("attention_mask")

@@ -20,6 +20,7 @@ from geofx import doctor as examination
 from geofx.cli_compare import compare
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
 from geofx.cli_frontier import frontier
+from geofx.cli_generate import generate
 from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_recover import recover
 from geofx.cli_results import bench, evaluate, export, inspect
@@ -155,6 +156,7 @@ COMMANDS: tuple[tuple[str, Any], ...] = (
     ("recover", recover),
     ("inspect", inspect),
     ("export", export),
+    ("generate", generate),
     ("eval", evaluate),
     ("bench", bench),
     ("frontier", frontier),

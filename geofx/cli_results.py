@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from geofx import cli_options as options
-from geofx.batches import Batch
+from geofx.batches import Batch, longest_sequence
 from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
 from geofx.cli_original import original_of
@@ -31,7 +31,7 @@ from geofx.report_rows import Format, in_bytes, in_loss, in_percent, in_seconds
 from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
-from geofx.text import longest_sequence, windows
+from geofx.text import windows
 from geofx.verify import Fidelity, verify
 
 EVAL_TOKENS = 16384
@@ -74,13 +74,20 @@ def export(
     pt2: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write an archive of torch.export.")
     ] = None,
+    with_past: Annotated[
+        bool,
+        typer.Option(help="The ONNX file is a decoder with its keys and values, in a folder of its own."),
+    ] = False,
     original: options.Original = None,
     as_json: options.Json = False,
 ) -> None:
     """Export a saved result; it is published only after it ran and agreed.
 
-    TorchScript is made from the model's own class, so it needs --original where the class is not known.
+    TorchScript and decoders with their past are made from the model's own class, and need --original where
+    that is not known.
     """
+    if with_past and onnx is None:
+        raise ConfigError("--with-past is of an ONNX file", fix="give --onnx FOLDER/model.onnx")
     if onnx is None and torchscript is None and pt2 is None:
         raise ConfigError("nothing to export to", fix="give --onnx PATH, --pt2 PATH or --torchscript PATH")
     for path, suffix in ((onnx, ".onnx"), (pt2, ".pt2"), (torchscript, ".pt")):
@@ -89,10 +96,10 @@ def export(
     made: dict[str, Any] = {}
     with working():
         result = load(saved, module=None if original is None else load_source(original).model)
-        if torchscript is not None and result.module is None and result.rebuild is None:
-            raise ConfigError("TorchScript needs the model's own class", fix="give --original MODEL")
+        if (torchscript is not None or with_past) and result.module is None and result.rebuild is None:
+            raise ConfigError("the model's own class is not known", fix="give --original MODEL")
         if onnx is not None:
-            made["onnx"] = _fields(result.to_onnx(onnx))
+            made["onnx"] = _fields(result.to_onnx(onnx, with_past=with_past))
         if pt2 is not None:
             made["pt2"] = _fields(result.to_pt2(pt2))
         if torchscript is not None:

@@ -168,8 +168,8 @@ def _common_start(windows: list[Tensor]) -> int:
 
 
 @contextmanager
-def _generating_by(module: Any, settings: Any) -> Iterator[None]:
-    """With ``settings`` in the place of the model's own, which would fill in what they leave open."""
+def generating_by(module: Any, settings: Any) -> Iterator[None]:
+    """`generate` by ``settings``, and not by the model's own where these leave something open."""
     own, module.generation_config = module.generation_config, settings
     try:
         yield
@@ -205,7 +205,7 @@ def _written(module: Any, prompts: Tensor, length: int, each: Callable[[], None]
 
     given = prompts.to(next(module.parameters()).device)
     mask = torch.ones_like(given)
-    with _generating_by(module, settings):
+    with generating_by(module, settings):
         written: Tensor = module.generate(
             given, attention_mask=mask, logits_processor=LogitsProcessorList([told])
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from geofx import artifact
-from geofx.batches import Batch, inputs_of, split, spread, warn_of_shared_rows
+from geofx.batches import Batch, inputs_of, longest_sequence, split, spread, warn_of_shared_rows
 from geofx.compression import Certificate, certify, parameter_mae
 from geofx.errors import CalibrationError, ConfigError
-from geofx.export.onnx import OnnxReport, to_onnx
+from geofx.export.onnx import to_onnx
+from geofx.export.onnx_decoder import to_onnx_decoder
+from geofx.export.onnx_file import OnnxReport
 from geofx.export.pt2 import Pt2Report, to_pt2
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
@@ -29,8 +32,9 @@ from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.recovery import Recovery
 from geofx.report import Report
+from geofx.sources import tokenizer_of
 from geofx.target import Target
-from geofx.text import batches_of, longest_sequence
+from geofx.text import batches_of
 from geofx.trace import constants_of, trace
 from geofx.training import Training
 from geofx.verify import VALIDATION, Fidelity, verify
@@ -237,9 +241,25 @@ class OptimizedModel:
         """
         return fused(self.program, target, rows_of(self.program, target))
 
-    def to_onnx(self, path: str | Path) -> OnnxReport:
-        """Export with standard operators, checked in ONNX Runtime before it is published."""
-        return to_onnx(self.program, Path(path))
+    def to_onnx(self, path: str | Path, *, with_past: bool = False) -> OnnxReport:
+        """Export with standard operators, checked in ONNX Runtime before it is published.
+
+        Args:
+            path: where to publish, ``.onnx``; with the past in a folder of its own.
+            with_past: write the decoder as one graph for prompts and single tokens, whose keys and values are
+                inputs and outputs, with the files beside it that `geofx.runtime.Generator`, onnxruntime-genai
+                and others look for; published after it has written the same tokens as the model.
+
+        Raises:
+            ConfigError: the model's own class is not known, which the past is a matter of.
+            ExportError, VerificationError: it cannot be exported, or does something else.
+        """
+        if not with_past:
+            return to_onnx(self.program, Path(path))
+        module = self.to_module().cpu().eval()
+        config = {} if self.config is None else {"config.json": json.dumps(dict(self.config)).encode()}
+        beside = {**self.files, **config}
+        return to_onnx_decoder(module, path, tokenizer=tokenizer_of(self.files), beside=beside)
 
     def to_pt2(
         self,

@@ -34,7 +34,7 @@ def load(path: str | Path, *, module: nn.Module | None = None) -> OptimizedModel
     saved = artifact.load(path)
     plan = Plan.from_json(saved.plan_json)
     rewrites = rewrites_of(saved.program, plan)
-    rebuild = None if saved.config is None else partial(_rebuilt, saved.config, saved.program, rewrites)
+    rebuild = None if saved.config is None else partial(_rebuilt, saved, rewrites)
     report = Report.from_json(saved.report_json)
     return OptimizedModel(
         program=saved.program,
@@ -74,8 +74,8 @@ def rewrites_of(program: Program, plan: Plan) -> dict[str, Factored]:
     return found
 
 
-def _rebuilt(config: Mapping[str, Any], program: Program, rewrites: Mapping[str, Factored]) -> nn.Module:
-    """The Hugging Face model of this configuration with the graph's parameters and buffers.
+def _rebuilt(saved: artifact.Artifact, rewrites: Mapping[str, Factored]) -> nn.Module:
+    """The Hugging Face model of the saved configuration with the graph's parameters and buffers.
 
     Weights that were rewritten stay as they come: `to_module` replaces their layers. Buffers that the graph
     does not read are the constructor's, unless the model would store them.
@@ -83,7 +83,8 @@ def _rebuilt(config: Mapping[str, Any], program: Program, rewrites: Mapping[str,
     Raises:
         ConfigError: the model cannot be made, or has a tensor that the graph does not hold.
     """
-    model = module_from_config(config)
+    assert saved.config is not None
+    program, model = saved.program, module_from_config(saved.config, saved.files)
     trained = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         value = _value(name, tensor, program, rewrites)

@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from geofx import strict_json
 from geofx.artifact import check_file_name
+from geofx.batches import longest_sequence
 from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError
 from geofx.folder import MANIFEST
 from geofx.gguf_header import require_sound_gguf
-from geofx.text import longest_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ TASKS = (
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_TIMEOUT_S = 10.0
+GENERATION = "generation_config.json"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -145,8 +147,19 @@ def load_tokenizer(folder: Path) -> Any | None:
         )
 
 
-def module_from_config(config: Mapping[str, Any]) -> nn.Module:
+def tokenizer_of(files: Mapping[str, bytes]) -> Any | None:
+    """The tokenizer whose files these are, or None where they are of none."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            check_file_name(name)
+            (Path(folder) / name).write_bytes(content)
+        return load_tokenizer(Path(folder))
+
+
+def module_from_config(config: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> nn.Module:
     """A model of this configuration on the CPU, its weights yet to be filled in; no random state is used up.
+
+    ``files`` may hold how it generates.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -161,6 +174,9 @@ def module_from_config(config: Mapping[str, Any]) -> nn.Module:
         model = getattr(transformers, _auto_class(parsed)).from_config(parsed, trust_remote_code=False)
     if not isinstance(model, nn.Module) or type(model).__name__ != saved_as:
         raise ConfigError(f"transformers makes no {saved_as} of this configuration", where=f"{model_type}")
+    if files and GENERATION in files:
+        settings = strict_json.loads(files[GENERATION], GENERATION)
+        model.generation_config = transformers.GenerationConfig.from_dict(settings)
     return model
 
 

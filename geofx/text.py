@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -204,13 +204,6 @@ def _window_length(length: int, tokenizer: Any, max_positions: int | None) -> in
     if shortest < length:
         logger.warning("windows cut from %d to %d tokens, the most that the model takes", length, shortest)
     return shortest
-
-
-def longest_sequence(config: Mapping[str, Any] | None) -> int | None:
-    """The longest sequence that a model's configuration allows; None where it does not say."""
-    known = config or {}
-    value = known.get("max_position_embeddings") or known.get("n_positions")
-    return int(value) if isinstance(value, int) and value > 0 else None
 
 
 def require_file(path: Path) -> None:

@@ -7,7 +7,7 @@ import keyword
 import linecache
 import logging
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,7 @@ class _Call(nn.Module):
         def forward(**inputs: Any) -> Any:
             return model(*inputs.values()) if by_position else model(**inputs, **constants)
 
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-        self.forward = forward
+        self.forward = with_arguments(forward, names)
 
 
 def trace(
@@ -60,12 +58,28 @@ def trace(
         return _from_exported(model)
     _require_capturable(model)
     inputs, constants = example_inputs(model, example)
-    call = _Call(model, tuple(inputs), constants)
     if model.training:
         logger.warning("the model is in training mode; it is traced in evaluation mode")
+    return trace_call(_Call(model, tuple(inputs), constants), model, inputs)
+
+
+def trace_call(call: nn.Module, model: nn.Module, inputs: Mapping[str, Tensor]) -> Program:
+    """The graph of ``call``, whose ``inner`` is ``model`` and whose forward takes ``inputs`` by name.
+
+    Raises:
+        CaptureError: it cannot be traced.
+    """
     with evaluating(model), torch.no_grad():
         exported = _export(call, inputs)
     return _finish(exported, model, tuple(inputs), inputs)
+
+
+def with_arguments(function: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+    """``function`` of keywords with a signature of these ``names``, as `torch.export` needs it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return function
 
 
 def example_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

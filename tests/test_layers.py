@@ -18,8 +18,8 @@ FOLDERS = {
 LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
     "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_frontier geofx.cli_original "
-    "geofx.cli_recover geofx.cli_taxonomy geofx.taxonomy geofx.demo geofx.doctor",
-    "geofx.api geofx.restore geofx.compare geofx.optimization geofx.latency_budget",
+    "geofx.cli_recover geofx.cli_generate geofx.cli_taxonomy geofx.taxonomy geofx.demo geofx.doctor",
+    "geofx.api geofx.restore geofx.compare geofx.optimization geofx.latency_budget geofx.runtime",
     "geofx.analysis",
     "geofx.clock",
     "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
@@ -46,7 +46,7 @@ LAYERS = (
     "geofx.region geofx.site geofx.moments geofx.region_analysis geofx.spectrum geofx.geometry "
     "geofx.subspaces",
     "geofx.budget geofx.target geofx.linalg geofx.patterns geofx.progress geofx.environment geofx.latency "
-    "geofx.strict_json geofx.record_file geofx.folder geofx.digest",
+    "geofx.strict_json geofx.record_file geofx.folder geofx.digest geofx.sampling",
     "geofx.errors",
 )
 """Top to bottom; a module may import its own row and those below it."""

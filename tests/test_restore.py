@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 import geofx
-from geofx import restore, sources
+from geofx import artifact, restore, sources
 from geofx.errors import ArtifactCorruptError, ConfigError, GeofxError, MissingDependencyError
 from geofx.report import Report
 from geofx.sources import module_from_config
@@ -83,7 +83,7 @@ def test_loading_builds_no_model_and_rebuilding_leaves_the_random_state(
 ) -> None:
     path, built = decoder(tmp_path), []
     real = sources.module_from_config
-    monkeypatch.setattr(restore, "module_from_config", lambda config: built.append(1) or real(config))
+    monkeypatch.setattr(restore, "module_from_config", lambda *given: built.append(1) or real(*given))
     state = torch.random.get_rng_state()
     result = geofx.load(path)
     assert not built
@@ -106,8 +106,8 @@ def with_config(path: Path, **changes: Any) -> geofx.OptimizedModel:
     """The result in ``path`` as if its configuration had been another."""
     loaded = geofx.load(path)
     config = {**(loaded.config or {}), **changes}
-    return dataclasses.replace(
-        loaded, rebuild=lambda: restore._rebuilt(config, loaded.program, loaded.rewrites)
+    return replace(
+        loaded, rebuild=lambda: restore._rebuilt(replace(artifact.load(path), config=config), loaded.rewrites)
     )
 
 
@@ -171,5 +171,5 @@ def test_figures_that_are_no_fidelity_are_refused(tmp_path: Path) -> None:
     report = Report.from_json(json.dumps(geofx.load(decoder(tmp_path, 1.0)).report.to_json()))
     for figures in ({"kl": 1.0}, {**report.fidelity, "more": 1.0}):
         with pytest.raises(ArtifactCorruptError, match="fidelity"):
-            restore._fidelity(dataclasses.replace(report, fidelity=figures))
+            restore._fidelity(replace(report, fidelity=figures))
     assert issubclass(ArtifactCorruptError, GeofxError)
