@@ -5,29 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import networkx
-import torch
 import typer
 from rich.table import Table
 
 from geofx import cli_options as options
 from geofx.batches import Batch, longest_sequence
-from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
 from geofx.cli_original import original_of
 from geofx.errors import CalibrationError, ConfigError
-from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import target_file
 from geofx.folder import check_files, write_file
-from geofx.latency import interleaved_medians
 from geofx.objective import choose_objective
 from geofx.report import Measured
 from geofx.report_html import report_html
-from geofx.report_rows import Format, in_bytes, in_loss, in_percent, in_seconds
+from geofx.report_rows import Format, in_bytes, in_loss, in_percent
 from geofx.report_table import report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
@@ -137,43 +132,6 @@ def evaluate(
         forms |= {"top1_agreement": in_percent, "sqnr_db": "{:.1f}".format}
         rows = {key: forms.get(key, in_loss)(value) for key, value in figures.items() if value is not None}
         show(_table("measured", rows))
-
-
-def bench(
-    saved: options.Saved,
-    original: options.Original = None,
-    onnx: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Its ONNX export, to be timed too.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a call; by default 1.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; by default 128.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each; medians are shown.")] = 7,
-    as_json: options.Json = False,
-) -> None:
-    """Time a saved result, in turns with the original if that is given."""
-    if onnx is not None and not onnx.is_file():
-        raise ConfigError("no such ONNX file", where=str(onnx), fix="make it with geofx export")
-    with working() as progress:
-        result = load(saved)
-        inputs = bench_inputs(result.program, batch, length)
-        calls: dict[str, Callable[[], object]] = {}
-        if original is not None:
-            program = original_of(result, load_source(original))
-            calls["original, torch"] = lambda: program(**inputs)
-        calls["optimized, torch"] = lambda: result.program(**inputs)
-        if onnx is not None:
-            runner = OnnxRunner(onnx)
-            calls["optimized, ONNX Runtime"] = lambda: runner(inputs)
-        with torch.no_grad():
-            seconds = interleaved_medians(calls, rounds, progress)
-    if as_json:
-        shapes = {name: list(value.shape) for name, value in inputs.items()}
-        show_json({"inputs": shapes, "rounds": rounds, "seconds": seconds})
-    else:
-        sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
-        show(
-            _table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()}), sizes
-        )
 
 
 def _windows(

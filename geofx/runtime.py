@@ -78,10 +78,11 @@ class Generator:
             name = settings["decoder"]["filename"]
             if Path(name).name != name:
                 raise ValueError(f"{name!r} is no file beside it")
-            self.session = DecoderSession(place / name, threads=threads)
+            self.file = place / name
+            self.session = DecoderSession(self.file, threads=threads)
             ends = settings.get("eos_token_id")
             self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-            self.longest = int(settings["context_length"])
+            self.longest, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
         except (KeyError, TypeError, ValueError) as error:
             fix = "export it again"
             raise ArtifactCorruptError(
@@ -129,21 +130,34 @@ class Generator:
         Raises:
             ConfigError: a prompt is empty, or longer than the model reads.
         """
-        room = self.longest - max(map(len, prompts), default=0)
-        if not prompts or not all(prompts) or room < 1 or max_new_tokens < 1:
+        if not prompts or not all(prompts) or max_new_tokens < 1:
             what = f"prompts of {[len(row) for row in prompts]} tokens, {max_new_tokens} to write"
-            raise ConfigError(what, fix=f"give 1 or more of each, {self.longest} together at most")
+            raise ConfigError(what, fix="give 1 or more of each")
+        longest = max(map(len, prompts))
+        self.require_room(longest, 1)
         start = time.perf_counter()
         rows = _Rows([list(row) for row in prompts], self.ends, sampling)
         yield rows.add(self.session.start(*left_padded(prompts)))
         first_s, later = time.perf_counter() - start, 0
-        for _ in range(min(max_new_tokens, room) - 1):
+        for _ in range(min(max_new_tokens, self.longest - longest) - 1):
             if rows.ended.all():
                 break
             later += int((~rows.ended).sum())
             yield rows.add(self.session.step(rows.last))
         later_s = time.perf_counter() - start - first_s
         self.speed = Speed(sum(map(len, prompts)), first_s, later, later_s)
+
+    def require_room(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Raises ConfigError where these are more than the model reads."""
+        if prompt_tokens + new_tokens > self.longest:
+            what = f"{prompt_tokens} tokens of a prompt and {new_tokens} to write"
+            raise ConfigError(what, fix=f"give {self.longest} together at most")
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the ONNX file and its data."""
+        data = self.file.parent.glob(f"{self.file.name}.*.data")
+        return sum(path.stat().st_size for path in (self.file, *data))
 
     def ids_of(self, prompt: str, chat: bool = False) -> list[int]:
         """The tokens of a prompt.

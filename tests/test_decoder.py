@@ -11,10 +11,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import tokenizers
 import torch
 import transformers
-from tiny_models import build, example
+from tiny_models import build, example, letters
 
 import geofx
 from geofx.cli import main
@@ -28,21 +27,6 @@ from geofx.runtime import Generator
 from geofx.sampling import Sampling
 from geofx.sources import tokenizer_files
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;()[]<>/\n=123456789"
-
-
-def tokenizer() -> Any:
-    """Characters, one by one."""
-    known = {"</s>": 0, "<s>": 1, "<unk>": 2, **{letter: 3 + place for place, letter in enumerate(LETTERS)}}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    made.chat_template = "{% for item in messages %}<{{ item['content'] }}>{% endfor %}"
-    return made
-
 
 @pytest.fixture(scope="module")
 def result() -> OptimizedModel:
@@ -51,7 +35,7 @@ def result() -> OptimizedModel:
     model.generation_config.eos_token_id = 0
     with torch.no_grad():
         model.model.norm.weight.mul_(6.0)
-    analysis = geofx.analyze(model, example("llama"), files=tokenizer_files(tokenizer()))
+    analysis = geofx.analyze(model, example("llama"), files=tokenizer_files(letters()))
     plan = analysis.plan(geofx.Budget(parameters=1.0))
     forms = {
         item.region: (LowRank(9) if "mlp" in item.region else GaugeFixed(11))
@@ -196,9 +180,11 @@ def test_text_comes_piece_by_piece(folder: Path, result: OptimizedModel) -> None
 
 def test_prompts_that_cannot_be_written_on(folder: Path) -> None:
     generator = Generator(folder)
-    for prompts, count in (([], 4), ([[]], 4), ([[1] * 64], 4), ([[1]], 0)):
-        with pytest.raises(ConfigError, match="give 1 or more of each, 64 together at most"):
+    for prompts, count in (([], 4), ([[]], 4), ([[1]], 0)):
+        with pytest.raises(ConfigError, match="give 1 or more of each"):
             next(generator.tokens(prompts, count))
+    with pytest.raises(ConfigError, match="64 tokens of a prompt and 1 to write; give 64 together"):
+        next(generator.tokens([[1] * 64], 4))
     assert len(list(generator.tokens([[5] * 60], 100))) <= 4, "it ends where the model does"
     generator.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
@@ -250,3 +236,20 @@ def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 5
     assert main(["generate", str(saved), "ab"]) == 6
     assert main(["generate", str(folder), "ab", "--top-p", "2"]) == 2
+
+
+def test_decoders_are_run_in_turns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--length", "8", "--new-tokens", "4", "--rounds", "3"]
+    assert main(["bench", str(folder), "--against", str(folder), *sizes, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["load"] == {"rows": 1, "prompt_tokens": 8, "new_tokens": 4}
+    base, optimized = found["decoders"]["base"], found["decoders"]["optimized"]
+    assert base["size_bytes"] == optimized["size_bytes"] == Generator(folder).size_bytes > 100_000
+    assert base["memory_bytes"] > 100_000
+    assert base["prefill_ratio"] == base["decode_ratio"] == 1.0
+    for name in ("first_s", "prefill_per_s", "decode_per_s"):
+        assert 0 < optimized[name]["low"] <= optimized[name]["median"] <= optimized[name]["high"]
+    assert main(["bench", str(folder), "--against", str(folder), *sizes, "--rounds", "1"]) == 0
+    assert "written tokens/s" in capsys.readouterr().out
+    assert main(["bench", str(folder), "--against", str(folder), "--length", "64"]) == 2
+    assert main(["bench", str(folder), "--against", str(folder), "--original", "x"]) == 2

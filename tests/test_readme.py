@@ -33,6 +33,8 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         "batches": [tiny_models.example("qwen3", 4, 16, seed) for seed in range(4)],
         "other_batches": [tiny_models.example("qwen3", 4, 16, 9)],
         "ids": tiny_models.example("qwen3")["input_ids"],
+        "tokenizer": tiny_models.letters(),
+        "Path": Path,
     }
     snippets = [block for language, block in BLOCKS if language == "python"]
     assert snippets
@@ -40,6 +42,7 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(snippet, "README.md", "exec"), names)
     assert Path("out/model/geofx.json").is_file()
     assert Path("out/model.onnx").is_file()
+    assert Path("out/decoder/genai_config.json").is_file()
 
 
 @pytest.mark.parametrize("line", COMMANDS)

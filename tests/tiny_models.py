@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -110,3 +111,19 @@ def run_eager(model: nn.Module, name: str, inputs: dict[str, Any]) -> list[torch
     with torch.no_grad():
         output = model(**inputs, **cache)
     return [output] if isinstance(output, torch.Tensor) else list(output.to_tuple())
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;()[]<>/\n=123456789"
+
+
+def letters() -> Any:
+    """A tokenizer of characters, one by one, for models of 128 tokens."""
+    known = {"</s>": 0, "<s>": 1, "<unk>": 2, **{letter: 3 + place for place, letter in enumerate(LETTERS)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.chat_template = "{% for item in messages %}<{{ item['content'] }}>{% endfor %}"
+    return made

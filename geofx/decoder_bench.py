@@ -1,0 +1,163 @@
+"""Exported decoders side by side: prompts read and tokens written per second, in turns, and memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from geofx.errors import ExportError
+from geofx.progress import Progress, log_progress
+from geofx.runtime import Generator
+from geofx.stages import peak_memory_bytes
+
+FOLD = 1000
+"""Ids of prompts repeat after so many."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: ``rows`` prompts of ``prompt_tokens``, each written on by ``new_tokens``, greedily."""
+
+    rows: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+
+    def run(self, generator: Generator) -> tuple[float, float]:
+        """Seconds until the first token, and of the others; the model may not end the text."""
+        start = time.perf_counter()
+        count = self.rows * self.prompt_tokens
+        ids = (3 + np.arange(count) % min(FOLD, generator.vocabulary - 3)).reshape(
+            self.rows, self.prompt_tokens
+        )
+        last = generator.session.start(ids).argmax(1)
+        first_s = time.perf_counter() - start
+        for _ in range(self.new_tokens - 1):
+            last = generator.session.step(last).argmax(1)
+        return first_s, time.perf_counter() - start - first_s
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some runs, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, found: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
+        return cls(float(middle), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class DecoderFigures:
+    """One decoder among those that were run in turns.
+
+    Attributes:
+        size_bytes: of the ONNX file and its data.
+        memory_bytes: that a process needs beyond what it takes to start, at its peak.
+        first_s: seconds until the first token.
+        prefill_per_s: prompt tokens per second.
+        decode_per_s: tokens per second after the first.
+        prefill_ratio: median over the turns of the rate over that of the first decoder named.
+        decode_ratio: likewise.
+    """
+
+    size_bytes: int
+    memory_bytes: int
+    first_s: Spread
+    prefill_per_s: Spread
+    decode_per_s: Spread
+    prefill_ratio: float
+    decode_ratio: float
+
+
+def bench_decoders(
+    folders: Mapping[str, Path],
+    load: Load | None = None,
+    *,
+    rounds: int = 10,
+    threads: int = 0,
+    progress: Progress = log_progress,
+) -> dict[str, DecoderFigures]:
+    """Run every decoder in turns, after one turn that does not count; those are folders that were exported.
+
+    Raises:
+        ArtifactError: one of them is not.
+        ConfigError: the texts are longer than a model reads.
+    """
+    wanted = load or Load()
+    memory = {name: _memory_bytes(folder, wanted) for name, folder in folders.items()}
+    generators = {name: Generator(folder, threads=threads) for name, folder in folders.items()}
+    for generator in generators.values():
+        generator.require_room(wanted.prompt_tokens, wanted.new_tokens)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in folders}
+    for turn in range(rounds + 1):
+        progress("run decoders", turn, rounds + 1)
+        for name, generator in generators.items():
+            found = wanted.run(generator)
+            if turn:
+                times[name].append(found)
+    progress("run decoders", rounds + 1, rounds + 1)
+    first = next(iter(times.values()))
+    return {
+        name: _figures(generators[name], memory[name], wanted, found, first) for name, found in times.items()
+    }
+
+
+def _figures(
+    generator: Generator,
+    memory: int,
+    load: Load,
+    times: Sequence[tuple[float, float]],
+    against: Sequence[tuple[float, float]],
+) -> DecoderFigures:
+    prompts, later = load.rows * load.prompt_tokens, load.rows * (load.new_tokens - 1)
+    firsts, rests = zip(*times, strict=True)
+    ratios = [
+        statistics.median(other[part] / own[part] for own, other in zip(times, against, strict=True))
+        for part in (0, 1)
+    ]
+    return DecoderFigures(
+        size_bytes=generator.size_bytes,
+        memory_bytes=memory,
+        first_s=Spread.of(firsts),
+        prefill_per_s=Spread.of([prompts / seconds for seconds in firsts]),
+        decode_per_s=Spread.of([later / seconds for seconds in rests]),
+        prefill_ratio=ratios[0],
+        decode_ratio=ratios[1],
+    )
+
+
+def _memory_bytes(folder: Path, load: Load) -> int:
+    """What a process of its own needs at most to do it once, beyond what it takes to start."""
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "geofx.decoder_bench", str(folder), *map(str, astuple(load))]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)  # noqa: S603
+    except subprocess.SubprocessError as error:
+        last = str(getattr(error, "stderr", "")).strip().splitlines()[-1:]
+        what = f"the decoder does not run in a process of its own: {''.join(last)[:300]}"
+        raise ExportError(what, where=folder.name) from error
+    return int(json.loads(done.stdout))
+
+
+def _alone(folder: str, *load: str) -> None:
+    before = psutil.Process().memory_info().rss
+    Load(*map(int, load)).run(Generator(folder))
+    sys.stdout.write(f"{peak_memory_bytes() - before}\n")
+
+
+if __name__ == "__main__":
+    _alone(*sys.argv[1:])
