@@ -19,6 +19,7 @@ from geofx.cli_original import original_of
 from geofx.errors import CalibrationError, ConfigError
 from geofx.export.staging import target_file
 from geofx.folder import check_files, write_file
+from geofx.graph_text import graph_diff, graph_dot
 from geofx.objective import choose_objective
 from geofx.report import Measured
 from geofx.report_html import report_html
@@ -40,19 +41,32 @@ def inspect(
     graph: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the graph as networkx node-link JSON.")
     ] = None,
+    dot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the graph in the DOT language of Graphviz.")
+    ] = None,
+    diff: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Print what was rewritten in the original's graph."),
+    ] = None,
     regions: Annotated[int, typer.Option(min=0, help="How many regions to list.")] = 12,
     as_json: options.Json = False,
 ) -> None:
     """Show the report and the plan of a saved result."""
-    check_files(html, graph)
+    check_files(html, graph, dot)
     with working():
         result = load(saved)
+        original = None if diff is None else original_of(result, load_source(diff))
         if html is not None:
             write_file(html, report_html(result.report))
         if graph is not None:
             nodes = networkx.node_link_data(result.program.to_networkx(), edges="edges")
             write_file(graph, json.dumps(nodes, default=str))
-    if as_json:
+        if dot is not None:
+            write_file(dot, graph_dot(result.program))
+    if original is not None:
+        for line in graph_diff(original, result.program):
+            typer.echo(line)
+    elif as_json:
         show_json({"report": result.report.to_json(), "plan": json.loads(result.plan.to_json())})
     else:
         show(*report_tables(result.report, regions))

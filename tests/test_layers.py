@@ -38,7 +38,7 @@ LAYERS = (
     "geofx.objective",
     "geofx.batches",
     "geofx.trace",
-    "geofx.program geofx.annotations",
+    "geofx.program geofx.annotations geofx.graph_text",
     "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options geofx.screening "
     "geofx.method geofx.recipes geofx.papers geofx.effort geofx.uniform",
     "geofx.cost_models",
