@@ -65,6 +65,7 @@ def main() -> None:
                         calibration,
                         holdout=holdout,
                         steps=arguments.recover,
+                        labels=arguments.labels,
                         autocast=native_autocast(torch.device("cpu")),
                     )
                     seconds = time.perf_counter() - begun
@@ -88,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=64 * 512)
     parser.add_argument("--holdout-tokens", type=int, default=16 * 1024)
     parser.add_argument("--recover", type=int, default=0, help="steps of recovery after each rung")
+    parser.add_argument("--labels", type=float, default=0.0, help="share of the text's tokens in that")
     parser.add_argument("--json", help="write the rows to this file too")
     return parser.parse_args()
 

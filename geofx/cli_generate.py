@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from geofx import cli_options as options
 from geofx.cli_console import show_json, stderr_console, working
+from geofx.report_rows import plain
 from geofx.runtime import Generator, Speed
 from geofx.sampling import Sampling
 
@@ -19,7 +21,7 @@ def generate(
         Path,
         typer.Argument(metavar="FOLDER", help="Of `geofx export OUT --onnx FOLDER/model.onnx --with-past`."),
     ],
-    prompt: Annotated[str, typer.Argument(help="What to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="What to go on from; - reads it from stdin.")],
     tokens: Annotated[int, typer.Option(min=1, help="Write so many at most.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token, 1 draws by probability.")
@@ -36,13 +38,14 @@ def generate(
 ) -> None:
     """Write on from a prompt in ONNX Runtime; the text goes to stdout as it comes."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    given = sys.stdin.read() if prompt == "-" else prompt
     with working():
         generator = Generator(folder, threads=threads)
     written = ""
-    for piece in generator.stream(prompt, max_new_tokens=tokens, sampling=sampling, chat=chat):
+    for piece in generator.stream(given, max_new_tokens=tokens, sampling=sampling, chat=chat):
         written += piece
         if not as_json:
-            typer.echo(piece, nl=False)
+            typer.echo(_harmless(piece), nl=False)
     speed = generator.speed
     assert speed is not None
     if as_json:
@@ -50,6 +53,11 @@ def generate(
     else:
         typer.echo()
         stderr_console().print(_said(speed))
+
+
+def _harmless(text: str) -> str:
+    """Lines and tabs stay; other control characters would drive a terminal."""
+    return "".join(part if part in "\n\t" else plain(part) for part in text)
 
 
 def _said(speed: Speed) -> str:

@@ -40,6 +40,9 @@ def recover(
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; by default it goes by the loss at the start.")
     ] = None,
+    labels: Annotated[
+        float, typer.Option(help="Share of the text's own next tokens in the loss; 0: the original's alone.")
+    ] = Training.labels,
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the run is kept; an interrupted one goes on from there."),
@@ -57,6 +60,7 @@ def recover(
     training: dict[str, Any] = {
         "steps": steps,
         "learning_rate": learning_rate,
+        "labels": labels,
         "checkpoint": checkpoint,
         "seed": seed,
         "autocast": native_autocast(torch.device("cpu")),

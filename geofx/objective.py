@@ -49,11 +49,14 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of token t+1 given tokens up to t, summed over the tokens that are not padding.
 
-    ``ids`` is the name of the input that holds the tokens.
+    Attributes:
+        ids: the name of the input that holds the tokens.
+        labels: share of the cross-entropy in `distance`.
     """
 
     ids: str = "input_ids"
     unit: str = "nats per token"
+    labels: float = 0.0
 
     def gradient_seed(self, output: Any, batch: Batch) -> tuple[Tensor, float]:
         """Σ cross-entropy; its per-token gradients give the empirical Fisher."""
@@ -65,13 +68,17 @@ class NextToken:
         return float(before), float(self._sum(optimized, batch)[0]), terms
 
     def distance(self, original: Any, optimized: Any, batch: Batch) -> tuple[Tensor, float]:
-        """Σ KL(original ‖ optimized) over the tokens that have a successor."""
-        places, _ = next_tokens(batch, self.ids)
+        """Σ KL(original ‖ optimized) over the tokens that have a successor, and their share of ``labels``."""
+        places, targets = next_tokens(batch, self.ids)
         wanted = logits_of(original).flatten(0, 1)
 
         def divergence(given: Tensor, part: slice) -> Tensor:
             p, q = (log_probabilities(rows) for rows in (wanted[places[part]], given))
-            return functional.kl_div(q, p, log_target=True, reduction="sum")
+            away = functional.kl_div(q, p, log_target=True, reduction="sum")
+            if not self.labels:
+                return away
+            text = functional.nll_loss(q, targets[part], reduction="sum")
+            return (1.0 - self.labels) * away + self.labels * text
 
         return sum_over_rows(logits_of(optimized).flatten(0, 1), places, divergence), float(len(places))
 

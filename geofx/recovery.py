@@ -37,9 +37,9 @@ class Recovery:
     """argmin over the factors of E[D(original(x), optimized(x))], by stochastic gradients.
 
     D is the KL divergence of the next token where the model predicts tokens, the relative squared error of
-    the outputs elsewhere (Hinton, Vinyals and Dean, 2015). Ranks stay as they are. A format that is
-    `Unfolding` is trained as another form of the same maps: gauge-fixed low rank as L R, a projection of the
-    inputs with W whole (Sakr and Khailany, 2024).
+    the outputs elsewhere (Hinton, Vinyals and Dean, 2015); with `Training.labels` the text has a share in it.
+    Ranks stay as they are. A format that is `Unfolding` is trained as another form of the same maps:
+    gauge-fixed low rank as L R, a projection of the inputs with W whole (Sakr and Khailany, 2024).
 
     Attributes:
         student: the rewritten model; its factors are changed in place.
@@ -59,6 +59,7 @@ class Recovery:
 
     def __post_init__(self) -> None:
         self._forward: Model = self.student
+        self._goal = self.training.objective_of(self.objective)
         parts = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else self.whole.values()
         self._teacher_device = next((part.device for part in parts), torch.device("cpu"))
         self._wanted = Remembered(self._taught)
@@ -86,7 +87,8 @@ class Recovery:
         if not math.isfinite(before):
             fix = "recover a result whose outputs are finite on the validation data"
             raise NumericsError("the loss is not finite before training", where="recover", fix=fix)
-        optimizer = training.made_optimizer(list(trained.values()), before)
+        away = before if self._goal is self.objective else self._mean_loss(validation, self.objective)
+        optimizer = training.made_optimizer(list(trained.values()), away)
         schedule: Any = training.made_schedule(optimizer)
         checkpoint = self._checkpoint(trained, batches, validation, optimizer, schedule)
         if training.accelerator is not None:
@@ -159,17 +161,18 @@ class Recovery:
     def _taught(self, batch: Batch) -> Any:
         return self.teacher(**_on(self._teacher_device, self.inputs(self.teacher, batch)))
 
-    def _loss(self, batch: Batch, taught: Any) -> Tensor:
+    def _loss(self, batch: Batch, taught: Any, goal: Objective | None = None) -> Tensor:
         device = next(self.student.parameters()).device
         wanted, batch, given = (
             _on(device, item) for item in (taught, batch, self.inputs(self.student, batch))
         )
-        distance, terms = self.objective.distance(wanted, self._forward(**given), {**batch, **given})
+        distance, terms = (goal or self._goal).distance(wanted, self._forward(**given), {**batch, **given})
         return distance / max(terms, 1e-30)
 
     @torch.no_grad()
-    def _mean_loss(self, batches: list[Batch]) -> float:
-        return sum(float(self._loss(batch, self._wanted(batch))) for batch in batches) / len(batches)
+    def _mean_loss(self, batches: list[Batch], goal: Objective | None = None) -> float:
+        losses = [float(self._loss(batch, self._wanted(batch), goal)) for batch in batches]
+        return sum(losses) / len(losses)
 
     def _noted(
         self,
@@ -233,7 +236,7 @@ class Recovery:
         training = self.training
         if training.checkpoint is None:
             return None
-        rates = training.learning_rate, training.accumulate, str(training.autocast)
+        rates = training.learning_rate, training.accumulate, str(training.autocast), training.labels
         makers = (training.optimizer, optimizer), (training.schedule, schedule)
         rules = [made_of(made) for maker, made in makers if maker is not None]
         if training.schedule is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from geofx.errors import ConfigError
+from geofx.objective import NextToken, Objective
 from geofx.patterns import nearest
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -40,6 +41,9 @@ class Training:
         accumulate: batches per step.
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.
+        labels: share of the text's own next tokens in the loss, beside the original's (Hinton, Vinyals and
+            Dean, 2015), where the model predicts tokens. What it gains is mostly of the text: the result
+            leaves the original for it.
         seed: of the order of the batches.
         autocast: dtype of the matmuls of a step, such as `native_autocast` gives; parameters keep their own,
             and validation is computed in that.
@@ -57,6 +61,7 @@ class Training:
     accumulate: int = 1
     every: int = 20
     vectors: bool = True
+    labels: float = 0.0
     seed: int = 0
     autocast: torch.dtype | None = None
     optimizer: MakeOptimizer | None = None
@@ -73,6 +78,8 @@ class Training:
         rate = 1.0 if self.learning_rate is None else self.learning_rate
         if not isinstance(rate, int | float) or not math.isfinite(rate) or rate <= 0.0:
             raise ConfigError(f"learning_rate is {self.learning_rate!r}", where="recover", fix="give 3e-4")
+        if not isinstance(self.labels, int | float) or not 0.0 <= self.labels <= 1.0:
+            raise ConfigError(f"labels is {self.labels!r}", where="recover", fix="give a share from 0 to 1")
         if self.autocast not in (None, torch.bfloat16):
             fix = "give torch.bfloat16 or None: gradients vanish in less range"
             raise ConfigError(f"autocast is {self.autocast!r}", where="recover", fix=fix)
@@ -94,6 +101,20 @@ class Training:
                 fix = f"the nearest are {nearest(name, known)}"
                 raise ConfigError(f"no setting {name!r}", where="recover", fix=fix)
         return cls(**settings)
+
+    def objective_of(self, objective: Objective) -> Objective:
+        """What is trained for, where results are measured by ``objective``.
+
+        Raises:
+            ConfigError: there are ``labels`` for a model that predicts no tokens.
+        """
+        if not self.labels:
+            return objective
+        if not isinstance(objective, NextToken):
+            raise ConfigError(
+                "labels are of models that predict tokens", where="recover", fix="leave labels out"
+            )
+        return replace(objective, labels=self.labels)
 
     def made_optimizer(self, trained: list[nn.Parameter], loss: float) -> torch.optim.Optimizer:
         """The optimizer of the parameters, ``loss`` being what they are to lessen.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +227,32 @@ def test_rows_are_padded_on_the_left() -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_does_not_drive_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Generator, "_text", lambda self, ids: "a\x1b[31m\n\tb"[: 2 + len(ids)])
+    assert main(["generate", str(folder), "ab", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out == "a\ufffd[31m\n\tb\n"
+
+
+def test_data_outside_the_folder_is_not_read(folder: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "export"
+    shutil.copytree(folder, inside)
+    (data,) = inside.glob("*.data")
+    data.rename(tmp_path / data.name)
+    model = onnx.load(inside / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"../{data.name}"
+    (inside / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="ONNX Runtime cannot load the model"):
+        Generator(inside)
+
+
+def test_on_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = folder.parent / "saved"
     assert main(["export", str(saved), "--with-past"]) == 2
     capsys.readouterr()
@@ -234,6 +262,9 @@ def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "5 prompt tokens read in" in told.err
     assert main(["generate", str(folder), "ab cd", "--tokens", "9", "--json", "--temperature", "0.5"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 5
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab cd"))
+    assert main(["generate", str(folder), "-", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out == told.out
     assert main(["generate", str(saved), "ab"]) == 6
     assert main(["generate", str(folder), "ab", "--top-p", "2"]) == 2
 

@@ -12,11 +12,13 @@ import tiny_models
 import torch
 from recovered import SETTINGS, batches, compressed, factors_of
 from torch import nn
+from torch.nn import functional
 
 import geofx
 from geofx import Budget, OptimizedModel
 from geofx.errors import CalibrationError, ConfigError, NumericsError
 from geofx.factorizations import Factored
+from geofx.objective import NextToken
 from geofx.program import flat_tensors
 from geofx.recovery import Recovery
 from geofx.report import Report
@@ -129,6 +131,33 @@ def test_a_device(decoder: OptimizedModel, moved: bool) -> None:
     assert min(losses) < losses[0]
 
 
+def test_with_labels_the_text_itself_is_learnt(decoder: OptimizedModel) -> None:
+    """More of the text, less of the original: rows that repeat, which no random model foresees."""
+    rows = [{"input_ids": (torch.arange(24) + start).repeat(4, 1) % 64} for start in range(8)]
+    settings: dict[str, Any] = {"steps": 40, "every": 10, "holdout": rows[-2:], "learning_rate": 3e-3}
+    faithful, taught = (decoder.recover(rows[:6], labels=share, **settings).fidelity for share in (0.0, 0.9))
+    assert faithful is not None
+    assert taught is not None
+    assert taught.loss_optimized < faithful.loss_optimized - 0.05
+    assert (taught.kl or 0.0) > (faithful.kl or 0.0)
+
+
+def test_labels_are_of_models_that_predict_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"labels are of models that predict tokens"):
+        compressed("mlp").recover(batches("mlp"), labels=0.5)
+
+
+def test_labels_share_the_distance() -> None:
+    original, optimized = (torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    batch = {"input_ids": torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(2))}
+    pure, text, mixed = (
+        float(NextToken(labels=share).distance(original, optimized, batch)[0]) for share in (0.0, 1.0, 0.25)
+    )
+    wanted = functional.cross_entropy(optimized[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+    assert text == pytest.approx(16 * float(wanted), rel=1e-5)
+    assert mixed == pytest.approx(0.75 * pure + 0.25 * text, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adafactor", "RMSprop"])
 def test_any_optimizer_and_schedule_of_torch(decoder: OptimizedModel, tmp_path: Path, name: str) -> None:
     made = getattr(torch.optim, name)
@@ -233,6 +262,7 @@ def test_a_graph_without_its_module_is_trained_as_a_graph() -> None:
         ({"step": 3}, "nearest are 'steps'"),
         ({"steps": 0}, "give 1 or more"),
         ({"steps": True}, "give 1 or more"),
+        ({"labels": 1.5}, "labels is"),
         ({"learning_rate": "1e-3"}, "give 3e-4"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"autocast": "bfloat16"}, "give torch.bfloat16"),

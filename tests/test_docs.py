@@ -1,0 +1,60 @@
+"""The documentation: snippets run in order, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_models
+import yaml
+from typer.testing import CliRunner
+
+import geofx
+from geofx.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
+def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("out").mkdir()
+    names: dict[str, object] = {
+        "geofx": geofx,
+        "model": tiny_models.build("llama"),
+        "batches": [tiny_models.example("llama", 4, 16, seed) for seed in range(4)],
+        "other_batches": [tiny_models.example("llama", 4, 16, 9)],
+        "tokenizer": tiny_models.letters(),
+    }
+    if page == "deployment":
+        names["result"] = tiny_result()
+    for snippet in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+        exec(compile(snippet, f"{page}.md", "exec"), names)
+
+
+def tiny_result() -> geofx.OptimizedModel:
+    budget = geofx.Budget(parameters=0.9, scope="factorizable")
+    return geofx.optimize(tiny_models.build("llama"), budget, calibration=tiny_models.example("llama"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_options_exist(page: str) -> None:
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", PAGES[page], re.DOTALL))
+    inline = re.findall(r"`(geofx [^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
+    for line in (*re.findall(r"^geofx .*", blocks, re.MULTILINE), *inline):
+        words = shlex.split(line)
+        shown = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
+        assert shown.exit_code == 0, line
+        assert all(word in shown.output for word in words[2:] if word.startswith("--")), line
+
+
+def test_pages_are_listed_and_link_to_one_another() -> None:
+    listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(next(iter(item.values())) for item in listed) == sorted(f"{name}.md" for name in PAGES)
+    for text in PAGES.values():
+        for target in re.findall(r"\]\(([\w./-]+\.md)\)", text):
+            assert (ROOT / "docs" / target).is_file(), target
