@@ -298,7 +298,7 @@ def test_row_97_failure_midway_leaves_the_old_export(
     def fail(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_export, "_require_unfolded", fail)
+    monkeypatch.setattr(onnx_export, "require_unfolded", fail)
     with pytest.raises(ResourceError, match="disk is too small"):  # row 98
         to_onnx(other, tmp_path / "model.onnx")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
