@@ -71,7 +71,7 @@ class Generator:
         if not (place / FILE).is_file():
             fix = "make it with geofx export OUT --onnx FOLDER/model.onnx --with-past"
             raise ArtifactError("not the folder of an exported decoder", where=place.name, fix=fix)
-        self.tokenizer = tokenizer or load_tokenizer(place)
+        self.tokenizer: Any = load_tokenizer(place) if tokenizer is None else tokenizer
         self.speed: Speed | None = None
         try:
             settings = loads((place / FILE).read_bytes(), FILE)["model"]

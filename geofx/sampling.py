@@ -56,7 +56,7 @@ class Sampling:
                 penalty = self.repetition_penalty
                 row[known] = np.where(row[known] < 0, row[known] * penalty, row[known] / penalty)
         if self.temperature == 0.0:
-            return scores.argmax(1)
+            return np.asarray(scores.argmax(1), np.int64)
         return np.array([random.choice(row.size, p=row) for row in self.probabilities(scores)], np.int64)
 
     def probabilities(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -71,7 +71,8 @@ class Sampling:
             ranked = np.take_along_axis(shares, order, 1)
             before = ranked.cumsum(1) - ranked
             np.put_along_axis(shares, order, np.where(before < self.top_p, ranked, 0.0), 1)
-        return shares / shares.sum(1, keepdims=True)
+        result: NDArray[np.float64] = shares / shares.sum(1, keepdims=True)
+        return result
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ class DecoderSession:
     @property
     def tokens(self) -> int:
         """Tokens of a row that were read, padding included."""
-        return self._mask.shape[1]
+        return int(self._mask.shape[1])
 
     def start(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Forget what was read and read prompts (rows, tokens); logits (rows, vocabulary) of what follows.
