@@ -21,9 +21,11 @@ from geofx.errors import ConfigError
 from geofx.export.genai import FILE as GENAI
 from geofx.export.onnx_decoder import to_onnx_decoder
 from geofx.export.onnx_runtime import OnnxRunner
+from geofx.folder import MANIFEST
 from geofx.latency import interleaved_medians
 from geofx.progress import Progress
 from geofx.report_rows import in_bytes, in_seconds
+from geofx.report_table import figures_table
 from geofx.restore import load
 from geofx.sources import load_source
 
@@ -86,9 +88,7 @@ def _bench_calls(
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         show_json({"inputs": shapes, "rounds": rounds, "seconds": seconds})
         return
-    table = Table(f"median of {rounds}", "", header_style="bold")
-    for name, value in seconds.items():
-        table.add_row(name, in_seconds(value))
+    table = figures_table(f"median of {rounds}", {name: in_seconds(value) for name, value in seconds.items()})
     show(table, ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items()))
 
 
@@ -114,7 +114,7 @@ def _exported(given: str, scratch: Path, progress: Progress) -> Path:
         return folder
     scratch.mkdir()
     progress(f"export {folder.name}", 0, 1)
-    if (folder / "geofx.json").is_file():
+    if (folder / MANIFEST).is_file():
         load(folder).to_onnx(scratch / "model.onnx", with_past=True)
     else:
         to_onnx_decoder(load_source(given).model, scratch / "model.onnx")

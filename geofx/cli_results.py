@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import networkx
 import typer
-from rich.table import Table
 
 from geofx import cli_options as options
 from geofx.batches import Batch, longest_sequence
@@ -24,7 +23,7 @@ from geofx.objective import choose_objective
 from geofx.report import Measured
 from geofx.report_html import report_html
 from geofx.report_rows import Format, in_bytes, in_loss, in_percent
-from geofx.report_table import report_tables
+from geofx.report_table import figures_table, report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
 from geofx.text import windows
@@ -145,7 +144,7 @@ def evaluate(
         forms: dict[str, Format] = {"tokens": "{:.0f}".format, "perplexity": "{:.2f}".format}
         forms |= {"top1_agreement": in_percent, "sqnr_db": "{:.1f}".format}
         rows = {key: forms.get(key, in_loss)(value) for key, value in figures.items() if value is not None}
-        show(_table("measured", rows))
+        show(figures_table("measured", rows))
 
 
 def _windows(
@@ -184,11 +183,3 @@ def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
 def _fields(report: Any) -> dict[str, Any]:
     fields = dataclasses.asdict(report)
     return {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
-
-
-def _table(title: str, values: dict[str, str]) -> Table:
-    table = Table("", title, header_style="bold")
-    table.columns[1].justify = "right"
-    for name, value in values.items():
-        table.add_row(name, value)
-    return table

@@ -33,11 +33,11 @@ class Load:
 
     def run(self, generator: Generator) -> tuple[float, float]:
         """Seconds until the first token, and of the others; the model may not end the text."""
-        start = time.perf_counter()
         count = self.rows * self.prompt_tokens
         ids = (3 + np.arange(count) % min(FOLD, generator.vocabulary - 3)).reshape(
             self.rows, self.prompt_tokens
         )
+        start = time.perf_counter()
         last = generator.session.start(ids).argmax(1)
         first_s = time.perf_counter() - start
         for _ in range(self.new_tokens - 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -101,6 +101,15 @@ def stage_table(report: Report) -> Table:
     for stage in report.stages:
         peak = "" if stage.peak_memory_bytes is None else in_bytes(stage.peak_memory_bytes)
         table.add_row(Text(plain(stage.name)), in_seconds(stage.seconds), peak)
+    return table
+
+
+def figures_table(title: str, values: Mapping[str, str]) -> Table:
+    """A figure per row, under one title."""
+    table = Table("", title, header_style="bold")
+    table.columns[1].justify = "right"
+    for name, value in values.items():
+        table.add_row(name, value)
     return table
 
 

@@ -21,7 +21,7 @@ from tiny_models import build, example, letters
 import geofx
 from geofx.cli import main
 from geofx.errors import ArtifactCorruptError, ArtifactError, ConfigError, ExportError, VerificationError
-from geofx.export import onnx_decoder
+from geofx.export import onnx_file
 from geofx.export.decoder_session import DecoderSession, left_padded
 from geofx.export.onnx_decoder import require_same_tokens, to_onnx_decoder
 from geofx.factorizations import GaugeFixed, LowRank
@@ -131,7 +131,7 @@ def test_nothing_is_published_unless_it_writes_the_same(
         first.name = "past_key_values.1.key"
         return model
 
-    monkeypatch.setattr(onnx_decoder, "to_onnx_model", swapped)
+    monkeypatch.setattr(onnx_file, "to_onnx_model", swapped)
     with pytest.raises(VerificationError, match=r"token [1-9]\d* that ONNX Runtime writes"):
         result.to_onnx(tmp_path / "model.onnx", with_past=True)
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from geofx.errors import (
     ResourceError,
     VerificationError,
 )
-from geofx.export import onnx as onnx_export
+from geofx.export import onnx_file
 from geofx.export.onnx import OnnxReport, to_onnx
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.export.staging import staging
@@ -298,7 +298,7 @@ def test_row_97_failure_midway_leaves_the_old_export(
     def fail(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_export, "require_unfolded", fail)
+    monkeypatch.setattr(onnx_file, "_require_unfolded", fail)
     with pytest.raises(ResourceError, match="disk is too small"):  # row 98
         to_onnx(other, tmp_path / "model.onnx")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -312,7 +312,7 @@ def test_row_99_bad_target_is_refused_before_any_work(
     tmp_path: Path, name: str, kind: type[Exception], mlp: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder.onnx").mkdir()
-    monkeypatch.setattr(onnx_export, "to_onnx_model", lambda program: pytest.fail("work was started"))
+    monkeypatch.setattr(onnx_file, "to_onnx_model", lambda program: pytest.fail("work was started"))
     with pytest.raises(kind):
         to_onnx(mlp, tmp_path / name)
 

@@ -26,6 +26,17 @@ RELATIVE: Mapping[torch.dtype, float] = {torch.float64: 1e-4, torch.float32: 1e-
 """Largest difference allowed, as a share of the largest output; other orders of summation are well below."""
 
 
+class Compared:
+    """A report of an export: its ``differences`` from the original, by what was compared."""
+
+    differences: Mapping[str, float]
+
+    @property
+    def max_difference(self) -> float:
+        """The largest difference over all shapes."""
+        return max(self.differences.values())
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of inputs and what the original gives for it.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from geofx.errors import ExportError
+from geofx.export.decoder_session import PAST, PRESENT, positions_of
 from geofx.program import Program
 from geofx.trace import evaluating, forward_names, trace_call, with_arguments
 
-ROWS, TOKENS, PAST = 2, 3, 5
+ROWS, TOKENS, KNOWN = 2, 3, 5
 """Sizes of the example: unequal, and above those that `torch.export` takes for constants."""
 BATCH, SEQUENCE, PAST_SEQUENCE, TOTAL_SEQUENCE = (
     "batch_size",
@@ -63,7 +64,7 @@ class _Decoder(nn.Module):
             past = [given.pop(_argument(name)) for name in cache.names]
             output = model(**given, past_key_values=_cache(past), use_cache=True, return_dict=True)
             present = zip(cache.names, _tensors(output.past_key_values), strict=True)
-            return {"logits": output.logits} | {f"present.{name}": part for name, part in present}
+            return {"logits": output.logits} | {f"{PRESENT}{name}": part for name, part in present}
 
         self.forward = with_arguments(forward, names)
 
@@ -78,10 +79,10 @@ def trace_decoder(model: nn.Module) -> tuple[Program, CacheShape]:
         CaptureError: it cannot be traced.
     """
     cache = cache_shape(model)
-    known = dict(zip(map(_argument, cache.names), cache.noise(ROWS, PAST), strict=True))
-    inputs = {**_prompt(model, TOKENS, PAST), **known}
+    known = dict(zip(map(_argument, cache.names), cache.noise(ROWS, KNOWN), strict=True))
+    inputs = {**_prompt(model, TOKENS, KNOWN), **known}
     program = trace_call(_Decoder(model, tuple(inputs), cache), model, inputs)
-    names = dict(zip(known, (f"past_key_values.{name}" for name in cache.names), strict=True))
+    names = dict(zip(known, (f"{PAST}{name}" for name in cache.names), strict=True))
     return _named(program, names), cache
 
 
@@ -102,13 +103,8 @@ def cache_shape(model: nn.Module) -> CacheShape:
     return CacheShape(tuple((part.shape[1], part.shape[3]) for part in parts), parts[0].dtype)
 
 
-def positions_of(mask: Tensor, tokens: int) -> Tensor:
-    """Of the last ``tokens`` of each row, counted from its first that is not masked."""
-    return (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens :]
-
-
 def _argument(name: str) -> str:
-    return f"past_key_values_{name.replace('.', '_')}"
+    return f"{PAST}{name}".replace(".", "_")
 
 
 def _prompt(model: Any, tokens: int, past: int) -> dict[str, Tensor]:
@@ -117,7 +113,8 @@ def _prompt(model: Any, tokens: int, past: int) -> dict[str, Tensor]:
     ids = (torch.arange(ROWS * tokens) % vocabulary).reshape(ROWS, tokens)
     mask = torch.ones(ROWS, past + tokens, dtype=torch.int64)
     mask[0, :2] = 0
-    made = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask, tokens)}
+    positions = torch.from_numpy(positions_of(mask.numpy(), tokens))
+    made = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: value for name, value in made.items() if name in forward_names(model)}
 
 

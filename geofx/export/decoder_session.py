@@ -74,7 +74,7 @@ class DecoderSession:
 
     def _read(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         self._mask = np.concatenate([self._mask, mask.astype(np.int64)], 1)
-        positions = np.maximum(self._mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+        positions = positions_of(self._mask, ids.shape[1])
         given = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
         binding = self._session.io_binding()
         for name, value in given.items():
@@ -96,6 +96,11 @@ class DecoderSession:
         _, heads, _, width = self._inputs[name].shape
         kind = np.float16 if self._inputs[name].type == "tensor(float16)" else np.float32
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((rows, heads, 0, width), kind))
+
+
+def positions_of(mask: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+    """Of the last ``tokens`` of each row, counted from its first that is not masked."""
+    return np.maximum(mask.cumsum(1) - 1, 0)[:, mask.shape[1] - tokens :]
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

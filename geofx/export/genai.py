@@ -8,6 +8,7 @@ from typing import Any
 from geofx.batches import longest_sequence
 from geofx.errors import ExportError
 from geofx.export.decoder import CacheShape
+from geofx.export.decoder_session import PAST, PRESENT
 
 FILE = "genai_config.json"
 SEARCHED = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -26,8 +27,8 @@ def genai_config(model: Any, filename: str, inputs: Sequence[str], cache: CacheS
     config = model.config.get_text_config()
     (heads, width), longest = cache.sizes[0], longest_sequence(config.to_dict()) or 2048
     taken = ("input_ids", "attention_mask", "position_ids")
-    past = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
-    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    past = {"past_key_names": f"{PAST}%d.key", "past_value_names": f"{PAST}%d.value"}
+    present = {"present_key_names": f"{PRESENT}%d.key", "present_value_names": f"{PRESENT}%d.value"}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": filename,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from geofx.errors import VerificationError
 from geofx.export.cases import make_cases, require_equal, shortened
-from geofx.export.onnx_file import OnnxReport, publish, require_unfolded, write_model
-from geofx.export.onnx_graph import require_exportable, to_onnx_model
+from geofx.export.onnx_file import OnnxReport, published
+from geofx.export.onnx_graph import require_exportable
 from geofx.export.onnx_runtime import OnnxRunner, require_onnx
-from geofx.export.staging import staging, target_file
+from geofx.export.staging import target_file
 from geofx.program import Program, flat_tensors
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,9 @@ def to_onnx(program: Program, path: str | Path, *, rtol: float | None = None) ->
     start = time.perf_counter()
     target = target_file(path, ".onnx")
     require_exportable(program)
-    planned = program.size_bytes()
     example = shortened(partial(_outputs, program), program.example, program.dynamic_shapes)
     program = replace(program, example=example)
-    with staging(target, 2 * planned) as folder:
-        staged = write_model(to_onnx_model(program), folder / target.name)
-        optimized = require_unfolded(staged[0], planned)
-        differences = _require_same(program, staged[0], rtol)
-        size = sum(file.stat().st_size for file in staged)
-        publish(staged, target)
-    return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
+    return published(program, target, lambda file: _require_same(program, file, rtol), start)
 
 
 def _outputs(program: Program, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -18,10 +18,10 @@ from geofx.export.decoder import trace_decoder
 from geofx.export.decoder_session import DecoderSession, left_padded
 from geofx.export.genai import FILE as GENAI
 from geofx.export.genai import genai_config
-from geofx.export.onnx_file import OnnxReport, publish, require_unfolded, write_model
-from geofx.export.onnx_graph import require_exportable, to_onnx_model
+from geofx.export.onnx_file import OnnxReport, published
+from geofx.export.onnx_graph import require_exportable
 from geofx.export.onnx_runtime import require_onnx
-from geofx.export.staging import staging, target_file
+from geofx.export.staging import target_file
 from geofx.generated_text import generating_by
 from geofx.trace import evaluating
 
@@ -68,17 +68,10 @@ def to_onnx_decoder(
     program, cache = trace_decoder(model)
     require_exportable(program)
     files[GENAI] = json.dumps(genai_config(model, target.name, program.input_names, cache), indent=1).encode()
-    planned = program.size_bytes()
-    with staging(target, 2 * planned) as folder:
-        staged = write_model(to_onnx_model(program), folder / target.name)
-        optimized = require_unfolded(staged[0], planned)
-        differences = require_same_tokens(model, staged[0], _prompts(model, tokenizer), rtol)
-        size = sum(file.stat().st_size for file in staged)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-            (folder / name).replace(target.with_name(name))
-        publish(staged, target)
-    return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
+    prompts = _prompts(model, tokenizer)
+    return published(
+        program, target, lambda file: require_same_tokens(model, file, prompts, rtol), start, files
+    )
 
 
 def require_same_tokens(

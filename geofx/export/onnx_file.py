@@ -1,16 +1,21 @@
-"""An ONNX model as files: written with its data beside it, weighed, published by one rename."""
+"""A program as ONNX files: written with its data beside it, weighed, checked, published by one rename."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geofx.errors import ExportError, VerificationError
+from geofx.export.cases import Compared
+from geofx.export.onnx_graph import to_onnx_model
 from geofx.export.onnx_runtime import optimized_weight_bytes
+from geofx.export.staging import staging
+from geofx.program import Program
 
 MAX_GROWTH = 1.05
 """Most that ONNX Runtime's optimized graph may weigh, relative to the plan; more means folded factors."""
@@ -20,7 +25,7 @@ INLINE_LIMIT = 1024
 
 
 @dataclass(frozen=True)
-class OnnxReport:
+class OnnxReport(Compared):
     """What was published and how it was checked.
 
     Attributes:
@@ -39,18 +44,43 @@ class OnnxReport:
     differences: Mapping[str, float]
     seconds: float
 
-    @property
-    def max_difference(self) -> float:
-        """The largest difference over all shapes."""
-        return max(self.differences.values())
 
+def published(
+    program: Program,
+    target: Path,
+    check: Callable[[Path], Mapping[str, float]],
+    start: float,
+    beside: Mapping[str, bytes] | None = None,
+) -> OnnxReport:
+    """Write ``program`` aside, weigh it, and move it to ``target`` once ``check`` has nothing against it.
 
-def write_model(model: Any, file: Path) -> list[Path]:
-    """The model file and its data file, which is named by content.
+    Args:
+        program: what `geofx.export.onnx_graph.require_exportable` takes.
+        target: the model file.
+        check: the staged file -> its largest differences, by what was compared.
+        start: when the export began, of `time.perf_counter`.
+        beside: further files for the folder, by name.
 
     Raises:
-        ExportError: the ONNX checker refuses the graph.
+        ExportError: an operator that ONNX cannot express, or the checker refuses the graph.
+        VerificationError: it weighs more than planned, or ``check`` raises it; nothing is published.
+        ResourceError: the disk is too small.
     """
+    planned = program.size_bytes()
+    with staging(target, 2 * planned) as folder:
+        staged = _write(to_onnx_model(program), folder / target.name)
+        optimized = _require_unfolded(staged[0], planned)
+        differences = check(staged[0])
+        size = sum(file.stat().st_size for file in staged)
+        for name, content in (beside or {}).items():
+            (folder / name).write_bytes(content)
+            (folder / name).replace(target.with_name(name))
+        _publish(staged, target)
+    return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
+
+
+def _write(model: Any, file: Path) -> list[Path]:
+    """The model file and its data file, which is named by content."""
     import onnx
     import onnx_ir as ir
 
@@ -66,12 +96,8 @@ def write_model(model: Any, file: Path) -> list[Path]:
     return [file, data] if data.exists() and data.stat().st_size else [file]
 
 
-def require_unfolded(file: Path, planned: int) -> int:
-    """Bytes of the weights that ONNX Runtime keeps, which are not to be much more than ``planned``.
-
-    Raises:
-        VerificationError: they are: factors were multiplied with one another.
-    """
+def _require_unfolded(file: Path, planned: int) -> int:
+    """Bytes of the weights that ONNX Runtime keeps, which are not to be much more than ``planned``."""
     optimized = optimized_weight_bytes(file)
     if optimized > MAX_GROWTH * planned:
         raise VerificationError(
@@ -82,7 +108,7 @@ def require_unfolded(file: Path, planned: int) -> int:
     return optimized
 
 
-def publish(staged: list[Path], target: Path) -> None:
+def _publish(staged: list[Path], target: Path) -> None:
     """Move the staged files to ``target``, the model last; data of models that were there go."""
     model, *data = staged
     for file in data:

@@ -15,7 +15,7 @@ from torch import Tensor
 from geofx.errors import ExportError
 from geofx.export.alone import run_alone
 from geofx.export.capture import captured
-from geofx.export.cases import make_cases, shortened
+from geofx.export.cases import Compared, make_cases, shortened
 from geofx.export.staging import staging, target_file
 from geofx.program import Program, flat_tensors
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pt2Report:
+class Pt2Report(Compared):
     """What was published and how it was checked.
 
     Attributes:
@@ -41,11 +41,6 @@ class Pt2Report:
     operations: tuple[str, ...]
     differences: Mapping[str, float]
     seconds: float
-
-    @property
-    def max_difference(self) -> float:
-        """The largest difference over all shapes."""
-        return max(self.differences.values())
 
 
 def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> Pt2Report:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geofx.errors import ExportError
 from geofx.export.alone import run_alone
-from geofx.export.cases import Axes, make_cases, shortened
+from geofx.export.cases import Axes, Compared, make_cases, shortened
 from geofx.export.staging import staging, target_file
 from geofx.program import flat_tensors
 from geofx.trace import evaluating
@@ -28,7 +28,7 @@ UNSUPPORTED_PYTHON = (3, 14)
 
 
 @dataclass(frozen=True)
-class TorchScriptReport:
+class TorchScriptReport(Compared):
     """What was published and how it was checked.
 
     Attributes:
@@ -44,11 +44,6 @@ class TorchScriptReport:
     size_bytes: int
     differences: Mapping[str, float]
     seconds: float
-
-    @property
-    def max_difference(self) -> float:
-        """The largest difference over all shapes."""
-        return max(self.differences.values())
 
 
 class _Positional(nn.Module):
