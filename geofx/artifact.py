@@ -174,7 +174,7 @@ def _documents(
         wrapped = {
             "model_type": "geofx",
             "architectures": ["GeofxProgram"],
-            "geofx_config": _without_paths(config),
+            "geofx_config": config,
         }
         documents[CONFIG] = _dumps(wrapped, CONFIG)
     for name, text in documents.items():
@@ -187,13 +187,6 @@ def _dumps(value: Any, name: str) -> str:
         return strict_json.dumps(value)
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{name} cannot be written as JSON: {error}", where=name) from error
-
-
-def _without_paths(config: Any) -> Any:
-    """``config`` without the folder that it was read from."""
-    if isinstance(config, Mapping):
-        return {key: _without_paths(value) for key, value in config.items() if key != "_name_or_path"}
-    return config
 
 
 def _require_finite(program: Program, tensors: Mapping[str, Tensor]) -> None:

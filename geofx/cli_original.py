@@ -10,8 +10,8 @@ from geofx.sources import Source
 from geofx.trace import trace
 
 
-def original_of(result: OptimizedModel, source: Source) -> Program:
-    """The graph of ``source``, which ``result`` was made from, traced as that was.
+def original_of(result: OptimizedModel, source: Source, option: str = "--original") -> Program:
+    """The graph of ``source``, which ``result`` was made from, traced as that was; ``option`` named it.
 
     Raises:
         CaptureError: it does not take the result's inputs.
@@ -21,7 +21,7 @@ def original_of(result: OptimizedModel, source: Source) -> Program:
     if hash_tensors(found.tensors()) != result.plan.model_hash:
         raise ConfigError(
             "the original is not the model that the saved result was made from",
-            where=f"--original {source.description}",
+            where=f"{option} {source.description}",
             fix="give the model that geofx optimize was given, with the same weights",
         )
     return found

@@ -22,7 +22,7 @@ from geofx.graph_text import graph_diff, graph_dot
 from geofx.objective import choose_objective
 from geofx.report import Measured
 from geofx.report_html import report_html
-from geofx.report_rows import Format, in_bytes, in_loss, in_percent
+from geofx.report_rows import Format, in_bytes, in_loss, in_percent, plain
 from geofx.report_table import figures_table, report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
@@ -54,7 +54,10 @@ def inspect(
     check_files(html, graph, dot)
     with working():
         result = load(saved)
-        original = None if diff is None else original_of(result, load_source(diff))
+        changes = []
+        if diff is not None:
+            original = original_of(result, load_source(diff), "--diff")
+            changes = list(graph_diff(original, result.program))
         if html is not None:
             write_file(html, report_html(result.report))
         if graph is not None:
@@ -62,9 +65,11 @@ def inspect(
             write_file(graph, json.dumps(nodes, default=str))
         if dot is not None:
             write_file(dot, graph_dot(result.program))
-    if original is not None:
-        for line in graph_diff(original, result.program):
-            typer.echo(line)
+    if diff is not None and as_json:
+        show_json({"diff": changes})
+    elif diff is not None:
+        for line in changes:
+            typer.echo(plain(line))
     elif as_json:
         show_json({"report": result.report.to_json(), "plan": json.loads(result.plan.to_json())})
     else:
@@ -100,7 +105,7 @@ def export(
         raise ConfigError("nothing to export to", fix="give --onnx PATH, --pt2 PATH or --torchscript PATH")
     for path, suffix in ((onnx, ".onnx"), (pt2, ".pt2"), (torchscript, ".pt")):
         if path is not None:
-            target_file(path, suffix)
+            target_file(path, suffix, own_folder=with_past and path is onnx)
     made: dict[str, Any] = {}
     with working():
         result = load(saved, module=None if original is None else load_source(original).model)

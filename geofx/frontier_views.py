@@ -1,4 +1,4 @@
-"""A frontier in a terminal and as a chart."""
+"""A frontier in a terminal, as a chart and in a report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.text import Text
 
 from geofx.charts import write_chart
 from geofx.frontier import Frontier, Point
+from geofx.report import Report
+from geofx.report_figures import inline_svg
 from geofx.report_rows import ABSENT, in_bytes, in_count, in_loss, in_percent, plain
 
 CHART_INCHES = (6.4, 4.0)
@@ -77,6 +79,28 @@ def draw_frontier(frontier: Frontier, path: str | Path) -> None:
         ConfigError, ArtifactError: the file is no chart, or cannot be written.
     """
     write_chart(path, CHART_INCHES, lambda figure: _draw(figure.add_subplot(), frontier))
+
+
+def frontier_svg(report: Report) -> str:
+    """The frontier of a report with what its result is predicted and measured to lose; empty without one."""
+    frontier = report.frontier
+    if frontier is None:
+        return ""
+
+    def draw(figures: Any) -> Any:
+        figure = figures(figsize=(8.6, 2.8))
+        axes = figure.add_subplot()
+        _draw(axes, frontier)
+        size = (report.optimized.size_bytes or 0) / 1e6
+        reached = (("predicted", report.predicted_loss, "o"), ("measured", report.measured_loss, "s"))
+        for label, loss, marker in reached:
+            if loss is not None:
+                axes.plot([size], [loss], marker, markersize=6, label=f"this result, {label}")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    return inline_svg(draw)
 
 
 def _draw(axes: Any, frontier: Frontier) -> None:

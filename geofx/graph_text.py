@@ -31,7 +31,7 @@ def graph_dot(program: Program) -> str:
     lines = ["digraph geofx {", "  node [shape=box, fontname=monospace];"]
     for node in program.graph.nodes:
         stored = node.op == "get_attr"
-        label = _tensor(program, node) if stored else f"{node.name}\n{_operation(node)}"
+        label = _tensor(program, node) if stored else f"{node.name}\n{operation_name(node)}"
         style = ", style=rounded" if stored else ""
         lines.append(f"  {_quoted(node.name)} [label={_quoted(label)}{style}];")
         lines += [f"  {_quoted(source.name)} -> {_quoted(node.name)};" for source in node.all_input_nodes]
@@ -50,10 +50,11 @@ def _line(program: Program, node: fx.Node) -> str:
         *map(shown, node.args),
         *(f"{name}={shown(value)}" for name, value in sorted(node.kwargs.items())),
     ]
-    return f"{node.name} = {_operation(node)}({', '.join(parts)})"
+    return f"{node.name} = {operation_name(node)}({', '.join(parts)})"
 
 
-def _operation(node: fx.Node) -> str:
+def operation_name(node: fx.Node) -> str:
+    """``aten.linear``, ``aten.add.Tensor``, ``input``."""
     if node.op != "call_function":
         return "input" if node.op == "placeholder" else str(node.op)
     name = str(node.target) if hasattr(node.target, "_schema") else getattr(node.target, "__name__", "")

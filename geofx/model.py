@@ -142,8 +142,9 @@ class OptimizedModel:
     ) -> OptimizedModel:
         """The same model with factors, norms and biases trained to give the original's outputs again.
 
-        Ranks, graph and size stay. The state with the least validation loss is kept, so that the result is
-        not worse than this on ``validation``, which nothing is trained on.
+        Ranks, graph and size stay. The state with the least of the loss that is trained for, which ``labels``
+        changes, is kept: in it the result is not worse than this on ``validation``, which nothing is trained
+        on.
 
         Args:
             data: what to train on, as for `analyze`; the original's outputs are the targets.
@@ -241,7 +242,7 @@ class OptimizedModel:
         """
         return fused(self.program, target, rows_of(self.program, target))
 
-    def to_onnx(self, path: str | Path, *, with_past: bool = False) -> OnnxReport:
+    def to_onnx(self, path: str | Path, *, with_past: bool = False, rtol: float | None = None) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published.
 
         Args:
@@ -249,17 +250,19 @@ class OptimizedModel:
             with_past: write the decoder as one graph for prompts and single tokens, whose keys and values are
                 inputs and outputs, with the files beside it that `geofx.runtime.Generator`, onnxruntime-genai
                 and others look for; published after it has written the same tokens as the model.
+            rtol: largest difference from the original as a share of its largest output; None: by its type.
 
         Raises:
             ConfigError: the model's own class is not known, which the past is a matter of.
             ExportError, VerificationError: it cannot be exported, or does something else.
         """
         if not with_past:
-            return to_onnx(self.program, Path(path))
+            return to_onnx(self.program, Path(path), rtol=rtol)
         module = self.to_module().cpu().eval()
         config = {} if self.config is None else {"config.json": json.dumps(dict(self.config)).encode()}
         beside = {**self.files, **config}
-        return to_onnx_decoder(module, path, tokenizer=tokenizer_of(self.files), beside=beside)
+        tokenizer = tokenizer_of(self.files)
+        return to_onnx_decoder(module, path, tokenizer=tokenizer, beside=beside, rtol=rtol)
 
     def to_pt2(
         self,

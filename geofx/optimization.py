@@ -13,6 +13,7 @@ from geofx.budget import Budget
 from geofx.choice import SolverReport
 from geofx.errors import BudgetInfeasibleError, NumericsError
 from geofx.factorizations import Factorization
+from geofx.frontier_run import frontier_of
 from geofx.latency_budget import Wanted, confirmed, fitted, in_time
 from geofx.model import OptimizedModel
 from geofx.objective import Custom
@@ -30,6 +31,8 @@ NEAR_RATIO = 0.85
 """Share of such a budget at which a plan is near enough."""
 STEPS = 128
 """Of the training that refines a result."""
+REPORTED = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Sizes, of the original's, that a report says the predicted loss of."""
 
 
 def optimize_analysis(
@@ -63,6 +66,7 @@ def optimize_analysis(
     result = result or analysis.finish(plan, rewrites)
     if analysis.validation and rewrites:
         result = foreseen(analysis, result)
+    result = _with_frontier(analysis, result, budget, wanted)
     if timed:
         return confirmed(analysis, result, target)
     lost = result.plan.loss or 0.0
@@ -125,6 +129,18 @@ def _or_uniform(
         return plan, rewrites
     logger.warning("the same share of every matrix is nearer to the original: %.3g, not %.3g", after, before)
     return replace(analysis.as_fitted(same, simple), solver=SolverReport("uniform")), simple
+
+
+def _with_frontier(
+    analysis: Analysis, result: OptimizedModel, budget: Budget, wanted: Wanted
+) -> OptimizedModel:
+    """``result`` with the plans of several sizes in its report, for comparison."""
+    with analysis.stages("frontier"):
+        found = frontier_of(
+            analysis, shares=REPORTED, scope=budget.scope, include=wanted.include, ignore=wanted.ignore
+        )
+    stages = tuple(analysis.stages.done)
+    return replace(result, report=replace(result.report, frontier=found, stages=stages))
 
 
 def refined(analysis: Analysis, plan: Plan, rewrites: Rewrites) -> OptimizedModel | None:

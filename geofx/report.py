@@ -12,6 +12,8 @@ from pydantic import ConfigDict, TypeAdapter
 
 from geofx.environment import environment
 from geofx.errors import ArtifactCorruptError
+from geofx.frontier import Frontier
+from geofx.graph_block import Block
 from geofx.record_file import read_record
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -131,6 +133,8 @@ class Report:
         predicted_loss: sum over regions, in the calibration card's unit.
         fidelity: figures of `geofx.verify.Fidelity` by name, and their ``unit``.
         notes: fallbacks and warnings that a reader should know of.
+        frontier: the least predicted loss at several sizes.
+        block: a layer before and after, to be drawn.
         timings: of each target of a budget for the latency, and ``predicted_latency_ratio``, of their sum.
         recovery: of a training after the rewrite, the step, the training and the validation loss at each
             validation.
@@ -151,6 +155,8 @@ class Report:
     recovery: tuple[Mapping[str, float], ...] = ()
     timings: tuple[Timing, ...] = ()
     predicted_latency_ratio: float | None = None
+    frontier: Frontier | None = None
+    block: Block | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ import numpy as np
 from geofx.report import RegionRow, Report
 from geofx.report_rows import Cell, heat_map, plain
 
-INK = "#010203"
-"""Drawn with this, shown with the page's own colour of text."""
+INK, CARD, CHANGED = "#010203", "#010204", "#010205"
+"""Drawn with these, shown with the page's own colours: of text, of what lies behind it, of what differs."""
+PAGE = {INK: "currentColor", CARD: "var(--card)", CHANGED: "var(--changed)"}
 
 TRUNCATED = ("low_rank", "gauge_fixed")
 """Formats whose rank is where the spectrum is cut; the rank of others counts something else."""
@@ -41,7 +42,7 @@ STYLE: dict[Any, Any] = {
 def heat_map_svg(report: Report) -> str:
     """Layers x matmuls, coloured by the share of the numbers that was kept; empty without layers."""
     cells = heat_map(report)
-    return _drawn(lambda figures: _draw_heat_map(figures, cells)) if cells else ""
+    return inline_svg(lambda figures: _draw_heat_map(figures, cells)) if cells else ""
 
 
 def spectra_svg(report: Report) -> str:
@@ -49,16 +50,16 @@ def spectra_svg(report: Report) -> str:
     shown = [row for row in report.regions if len(row.spectrum) > 1 and row.spectrum[0] > 0.0]
     shown.sort(key=lambda row: (row.rank is not None, row.loss or 0.0), reverse=True)
     chosen = shown[:SMALL_MULTIPLES]
-    return _drawn(lambda figures: _draw_spectra(figures, chosen)) if chosen else ""
+    return inline_svg(lambda figures: _draw_spectra(figures, chosen)) if chosen else ""
 
 
 def stages_svg(report: Report) -> str:
     """Seconds of each stage, with the peak memory beside it."""
-    return _drawn(lambda figures: _draw_stages(figures, report)) if report.stages else ""
+    return inline_svg(lambda figures: _draw_stages(figures, report)) if report.stages else ""
 
 
-def _drawn(draw: Any) -> str:
-    """SVG of the figure that ``draw`` makes, without prolog, metadata or ids that could repeat."""
+def inline_svg(draw: Callable[[Any], Any]) -> str:
+    """SVG of the figure that ``draw`` makes, given the class of figures; without ids that could repeat."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -77,7 +78,9 @@ def _drawn(draw: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[a-zA-Z]\w*_\d+">', "<g>", text)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', _OPENING, text, count=1, flags=re.DOTALL)
-    return text.replace(INK, "currentColor")
+    for drawn, shown in PAGE.items():
+        text = text.replace(drawn, shown)
+    return text
 
 
 _OPENING = (
@@ -97,7 +100,7 @@ def _draw_heat_map(figures: Any, cells: Sequence[Cell]) -> Any:
     mesh = axes.pcolormesh(np.ma.masked_invalid(kept), cmap="YlGnBu_r", vmin=0.0, vmax=1.0, edgecolor="none")
     if len(layers) <= 40:
         _write_shares(axes, kept)
-    axes.set_yticks(np.arange(len(matmuls)) + 0.5, [_short(name) for name in matmuls])
+    axes.set_yticks(np.arange(len(matmuls)) + 0.5, [short(name) for name in matmuls])
     step = max(1, len(layers) // 30)
     axes.set_xticks(np.arange(0, len(layers), step) + 0.5, [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer")
@@ -136,7 +139,7 @@ def _draw_spectra(figures: Any, rows: Sequence[RegionRow]) -> Any:
         if row.rank is not None and row.factorization in TRUNCATED:
             axes.axvspan(row.rank, ranks[-1], color="#d9534f", alpha=0.15, linewidth=0)
             axes.axvline(row.rank, color="#d9534f", linewidth=0.8)
-        title = _short(row.name.removesuffix(".weight"))
+        title = short(row.name.removesuffix(".weight"))
         axes.set_title(title, fontsize=6.5, loc="left", pad=3)
         axes.set_xlim(1, ranks[-1])
         axes.tick_params(labelsize=6, length=2)
@@ -148,7 +151,7 @@ def _draw_spectra(figures: Any, rows: Sequence[RegionRow]) -> Any:
 
 
 def _draw_stages(figures: Any, report: Report) -> Any:
-    names = [_short(stage.name) for stage in report.stages]
+    names = [short(stage.name) for stage in report.stages]
     seconds = [stage.seconds for stage in report.stages]
     figure = figures(figsize=(8.6, 0.3 + 0.24 * len(names)))
     axes = figure.add_subplot()
@@ -168,6 +171,7 @@ def _stage_label(seconds: float, peak: int | None) -> str:
     return f"{seconds:.1f} s" + ("" if peak is None else f", peak {peak / 1e9:.2f} GB")
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """``name`` as a label: printable, its end where it is long."""
     text = plain(name)
     return text if len(text) <= LABEL_LENGTH else "…" + text[1 - LABEL_LENGTH :]

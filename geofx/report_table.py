@@ -89,7 +89,7 @@ def geometry_table(report: Report) -> Table:
 def recovery_table(report: Report) -> Table:
     """How the training after the rewrite went."""
     table = _table("step", "training", "validation")
-    table.title = "Recovery: distance to the original's outputs"
+    table.title = "Recovery: what was trained for"
     for row in recovery_rows(report):
         table.add_row(*row)
     return table

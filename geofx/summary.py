@@ -13,6 +13,7 @@ from torch import nn
 
 from geofx.artifact import bytes_on_disk
 from geofx.choice import Choice
+from geofx.graph_block import block_of
 from geofx.moments import Moments
 from geofx.plan import Plan
 from geofx.program import Program
@@ -75,6 +76,7 @@ def summarize(analysis: Analysed, plan: Plan, program: Program, fidelity: Fideli
         ),
         regions=tuple(_rows(analysis, plan)),
         notes=tuple(_notes(analysis)),
+        block=block_of(analysis.original, program),
     )
 
 

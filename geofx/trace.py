@@ -56,7 +56,7 @@ def trace(
     """
     if isinstance(model, ExportedProgram):
         return _from_exported(model)
-    _require_capturable(model)
+    require_capturable(model)
     inputs, constants = example_inputs(model, example)
     if model.training:
         logger.warning("the model is in training mode; it is traced in evaluation mode")
@@ -157,7 +157,8 @@ def _with_padding(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str
     return {**inputs, "attention_mask": mask}
 
 
-def _require_capturable(model: Any) -> None:
+def require_capturable(model: Any) -> None:
+    """Raises CaptureError where ``model`` is none, has no data, or is not on the CPU."""
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             "a ScriptModule cannot be traced", fix="pass the nn.Module that it was scripted from"

@@ -37,7 +37,7 @@ class Training:
         steps: of the optimizer.
         learning_rate: at its peak, of the default optimizer: the share of its root mean square by which a
             tensor's numbers change in a step. What is larger, as norms are beside factors, steps further.
-            By default `RATE_RATIO` · sqrt(loss at the start), of a loss of 1 at most.
+            By default `RATE_RATIO` · sqrt(distance to the original at the start), of 1 at most.
         accumulate: batches per step.
         every: steps between two validations, at which the best state is kept and the checkpoint written.
         vectors: train the norms and biases too.

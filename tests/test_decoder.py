@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import shutil
@@ -20,7 +21,14 @@ from tiny_models import build, example, letters
 
 import geofx
 from geofx.cli import main
-from geofx.errors import ArtifactCorruptError, ArtifactError, ConfigError, ExportError, VerificationError
+from geofx.errors import (
+    ArtifactCorruptError,
+    ArtifactError,
+    CaptureError,
+    ConfigError,
+    ExportError,
+    VerificationError,
+)
 from geofx.export import onnx_file
 from geofx.export.decoder_session import DecoderSession, left_padded
 from geofx.export.onnx_decoder import require_same_tokens, to_onnx_decoder
@@ -112,7 +120,7 @@ def test_rows_of_unlike_length_are_written_as_each_alone(folder: Path, result: O
 def test_the_model_is_checked_token_by_token(folder: Path, result: OptimizedModel) -> None:
     module, prompts = result.to_module(), [[5, 6, 7], [8]]
     found = require_same_tokens(module, folder / "model.onnx", prompts)
-    assert list(found) == ["2 prompts of 3 tokens", "32 tokens written"]
+    assert list(found) == ["2 x 3 tokens", "2 x 3 tokens, 32 written"]
     assert max(found.values()) < 1e-4
     with torch.no_grad():
         next(module.model.layers[1].mlp.down_proj.parameters()).mul_(1.5)
@@ -137,11 +145,51 @@ def test_nothing_is_published_unless_it_writes_the_same(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_left_alone(result: OptimizedModel, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"holds config\.json of something else.*folder of its own"):
+@pytest.mark.parametrize("name", ["config.json", "notes.txt"])
+def test_a_folder_of_something_else_is_left_alone(name: str, result: OptimizedModel, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ArtifactError, match=rf"holds {name} of something else.*folder of its own"):
         result.to_onnx(tmp_path / "model.onnx", with_past=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_export_replaces_its_like_and_nothing_else(result: OptimizedModel, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "model.onnx"
+    result.to_onnx(target, with_past=True)
+    first = sorted(path.name for path in target.parent.iterdir())
+    result.to_onnx(target, with_past=True)
+    assert sorted(path.name for path in target.parent.iterdir()) == first
+    with pytest.raises(ArtifactError, match=r"holds chat_template\.jinja of something else"):
+        to_onnx_decoder(build("llama"), target)
+    with pytest.raises(ArtifactError, match=r"holds model\.onnx\S* of something else"):
+        result.to_onnx(target.with_name("other.onnx"), with_past=True)
+
+
+def test_row_125_no_path_beside_it(result: OptimizedModel, tmp_path: Path) -> None:
+    result.to_module().save_pretrained(tmp_path / "saved")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert str(tmp_path) in json.dumps(model.config.to_dict())
+    found = geofx.optimize(model, geofx.Budget(size=1.0), calibration=example("llama"))
+    found.to_onnx(tmp_path / "out" / "model.onnx", with_past=True)
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_half_precision_is_allowed_its_own_rounding(tmp_path: Path) -> None:
+    report = to_onnx_decoder(build("llama").half(), tmp_path / "model.onnx")
+    assert 0.0 < report.max_difference < 1e-2
+    with pytest.raises(VerificationError, match="raise rtol"):
+        to_onnx_decoder(build("llama").half(), tmp_path / "model.onnx", rtol=1e-7)
+
+
+def test_a_model_of_few_positions_is_checked_within_them(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=12)
+    report = to_onnx_decoder(transformers.GPT2LMHeadModel(config), tmp_path / "model.onnx")
+    assert list(report.differences) == [
+        "2 x 11 tokens",
+        "2 x 11 tokens, 1 written",
+        "1 x 1 tokens",
+        "1 x 1 tokens, 11 written",
+    ]
 
 
 @pytest.mark.parametrize("name", ["bert", "mlp"])
@@ -151,9 +199,26 @@ def test_what_does_not_write_has_no_past(name: str, tmp_path: Path) -> None:
 
 
 def test_what_keeps_something_else_has_no_such_past(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1)
-    with pytest.raises(ExportError, match="past"):
-        to_onnx_decoder(transformers.MambaForCausalLM(config).eval(), tmp_path / "model.onnx")
+    model = build("llama")
+    forward = model.forward
+
+    def states(*args: Any, **given: Any) -> Any:
+        output = forward(*args, **given)
+        output.past_key_values = transformers.DynamicCache()
+        return output
+
+    model.forward = states
+    model.forward.__signature__ = inspect.signature(forward)
+    with pytest.raises(ExportError, match="not keys and values by layer"):
+        to_onnx_decoder(model, tmp_path / "model.onnx")
+
+
+def test_what_reads_with_an_encoder_has_no_such_past(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ExportError, match="encoder"):
+        to_onnx_decoder(transformers.T5ForConditionalGeneration(config).eval(), tmp_path / "model.onnx")
+    with pytest.raises(CaptureError, match="meta"):
+        to_onnx_decoder(build("llama").to("meta"), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import yaml
-from documented import require_command
+from documented import blocks, commands, require_command
 
 import geofx
 
@@ -30,7 +30,7 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
     }
     if page == "deployment":
         names["result"] = tiny_result()
-    for snippet in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+    for snippet in blocks(PAGES[page], "python"):
         exec(compile(snippet, f"{page}.md", "exec"), names)
 
 
@@ -41,9 +41,8 @@ def tiny_result() -> geofx.OptimizedModel:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(page: str) -> None:
-    blocks = "\n".join(re.findall(r"```\n(.*?)```", PAGES[page], re.DOTALL))
     inline = re.findall(r"`(geofx [^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
-    for line in (*re.findall(r"^geofx .*", blocks, re.MULTILINE), *inline):
+    for line in (*commands(PAGES[page]), *inline):
         require_command(line)
 
 

@@ -30,7 +30,8 @@ LAYERS = (
     "geofx.artifact geofx.stand_in geofx.graph_json geofx.graph_tree geofx.graph_ops "
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
-    "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views",
+    "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views "
+    "geofx.block_figure",
     "geofx.huggingface geofx.pretrained geofx.runtimes geofx.fusion geofx.result_checks",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
     "geofx.generated_text",
@@ -38,7 +39,7 @@ LAYERS = (
     "geofx.objective",
     "geofx.batches",
     "geofx.trace",
-    "geofx.program geofx.annotations geofx.graph_text",
+    "geofx.program geofx.annotations geofx.graph_text geofx.graph_block",
     "geofx.planner geofx.partition geofx.option_table geofx.plan geofx.choice geofx.options geofx.screening "
     "geofx.method geofx.recipes geofx.papers geofx.effort geofx.uniform",
     "geofx.cost_models",

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from documented import require_command
+from documented import blocks, commands, require_command
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [
-    line
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith("geofx ")
-]
 
 
 def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,9 +23,8 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
         "other_batches": [tiny_models.example("qwen3", 4, 16, 9)],
         "ids": tiny_models.example("qwen3")["input_ids"],
         "tokenizer": tiny_models.letters(),
-        "Path": Path,
     }
-    snippets = [block for language, block in BLOCKS if language == "python"]
+    snippets = blocks(TEXT, "python")
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
@@ -42,15 +33,13 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path("out/decoder/genai_config.json").is_file()
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", commands(TEXT))
 def test_commands_and_their_options_exist(line: str) -> None:
-    require_command(re.split(r"\s{3,}", line)[0])
+    require_command(line)
 
 
 def test_the_make_targets_exist() -> None:
-    targets = re.findall(
-        r"^make (\w+)", "\n".join(block for language, block in BLOCKS if not language), re.MULTILINE
-    )
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks(TEXT)), re.MULTILINE)
     assert "demo" in targets
     rules = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{target}:", rules, re.MULTILINE) for target in targets)

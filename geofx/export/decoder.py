@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from geofx.errors import ExportError
 from geofx.export.decoder_session import PAST, PRESENT, positions_of
 from geofx.program import Program
-from geofx.trace import evaluating, forward_names, trace_call, with_arguments
+from geofx.trace import evaluating, forward_names, require_capturable, trace_call, with_arguments
 
 ROWS, TOKENS, KNOWN = 2, 3, 5
 """Sizes of the example: unequal, and above those that `torch.export` takes for constants."""
@@ -78,6 +78,7 @@ def trace_decoder(model: nn.Module) -> tuple[Program, CacheShape]:
         ExportError: the model does not write tokens, or its cache is not keys and values by layer.
         CaptureError: it cannot be traced.
     """
+    require_capturable(model)
     cache = cache_shape(model)
     known = dict(zip(map(_argument, cache.names), cache.noise(ROWS, KNOWN), strict=True))
     inputs = {**_prompt(model, TOKENS, KNOWN), **known}
@@ -92,8 +93,10 @@ def cache_shape(model: nn.Module) -> CacheShape:
     Raises:
         ExportError: it does not write tokens, or keeps anything but keys and values by layer.
     """
-    if not (getattr(model, "can_generate", bool)() and "past_key_values" in forward_names(model)):
-        what = f"{type(model).__name__} does not write tokens"
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    writes = getattr(model, "can_generate", bool)() and not encodes
+    if not (writes and "past_key_values" in forward_names(model)):
+        what = f"{type(model).__name__} does not write tokens, or from what an encoder read"
         raise ExportError(what, fix="export it without the past")
     with evaluating(model), torch.no_grad():
         output = model(**_prompt(model, TOKENS, 0), use_cache=True, return_dict=True)
@@ -143,11 +146,18 @@ def _no_keys_and_values(where: str) -> ExportError:
 
 
 def _named(program: Program, names: dict[str, str]) -> Program:
-    """``program`` with inputs renamed and axes named as deployments expect."""
+    """``program`` with inputs renamed and axes named as deployments expect.
+
+    Raises:
+        ExportError: an axis came out of one size.
+    """
     lengths = {"attention_mask": TOTAL_SEQUENCE}
     axes: dict[str, dict[int, str]] = {}
     for name, dims in program.dynamic_shapes.items():
         length = PAST_SEQUENCE if name in names else lengths.get(name, SEQUENCE)
+        if set(dims) != {0, 2 if name in names else 1}:
+            what = "the graph takes one size of batch or sequence only"
+            raise ExportError(what, where=name, fix="export it without the past")
         axes[names.get(name, name)] = {dim: length if dim else BATCH for dim in dims}
     return replace(
         program,

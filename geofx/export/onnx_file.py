@@ -1,4 +1,4 @@
-"""A program as ONNX files: written with its data beside it, weighed, checked, published by one rename."""
+"""A program as ONNX files: written with its data beside it, weighed, checked, published by renames."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def published(
         target: the model file.
         check: the staged file -> its largest differences, by what was compared.
         start: when the export began, of `time.perf_counter`.
-        beside: further files for the folder, by name.
+        beside: further files for the folder, by name; they are there before the model is.
 
     Raises:
         ExportError: an operator that ONNX cannot express, or the checker refuses the graph.
@@ -72,10 +72,10 @@ def published(
         optimized = _require_unfolded(staged[0], planned)
         differences = check(staged[0])
         size = sum(file.stat().st_size for file in staged)
-        for name, content in (beside or {}).items():
-            (folder / name).write_bytes(content)
-            (folder / name).replace(target.with_name(name))
-        _publish(staged, target)
+        others = [folder / name for name in beside or {}]
+        for file, content in zip(others, (beside or {}).values(), strict=True):
+            file.write_bytes(content)
+        _publish([*others, *staged[1:]], staged[0], target)
     return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
 
 
@@ -108,13 +108,16 @@ def _require_unfolded(file: Path, planned: int) -> int:
     return optimized
 
 
-def _publish(staged: list[Path], target: Path) -> None:
-    """Move the staged files to ``target``, the model last; data of models that were there go."""
-    model, *data = staged
-    for file in data:
+def data_files(target: Path) -> set[str]:
+    """Names of the data files of exports to ``target`` in its folder."""
+    ours = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
+    return {file.name for file in target.parent.iterdir() if ours.fullmatch(file.name)}
+
+
+def _publish(others: list[Path], model: Path, target: Path) -> None:
+    """Move the staged files to ``target``'s folder, the model last; data of models that were there go."""
+    for file in others:
         file.replace(target.with_name(file.name))
     model.replace(target)
-    ours = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
-    for file in target.parent.iterdir():
-        if ours.fullmatch(file.name) and file.name not in {kept.name for kept in data}:
-            file.unlink()
+    for name in data_files(target) - {file.name for file in others}:
+        target.with_name(name).unlink()

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 
 
-def target_file(path: str | Path, suffix: str) -> Path:
-    """``path`` with links followed, checked before any work is done.
+def target_file(path: str | Path, suffix: str, *, own_folder: bool = False) -> Path:
+    """``path`` with links followed, checked before any work is done; its ``own_folder`` is made if need be.
 
     Raises:
         ConfigError: it has not the ``suffix``.
-        ArtifactError: it is a folder or no regular file, or its folder does not exist.
+        ArtifactError: it is a folder or no regular file, or its folder does not exist or cannot be made.
     """
     target = Path(path).expanduser().resolve()
     if target.suffix != suffix:
@@ -34,6 +34,9 @@ def target_file(path: str | Path, suffix: str) -> Path:
         )
     if target.exists() and not target.is_file():
         raise ArtifactError("the target is not a regular file", where=target.name, fix="pass another path")
+    if own_folder and target.parent.parent.is_dir():
+        with contextlib.suppress(OSError):
+            target.parent.mkdir(exist_ok=True)
     if not target.parent.is_dir():
         raise ArtifactError(
             "the target's folder does not exist", where=target.parent.name, fix="create it first"
