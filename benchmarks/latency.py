@@ -102,9 +102,9 @@ def row_of(analysis: geofx.Analysis, budget: float, target: geofx.Target, priced
         result = optimize_analysis(analysis, geofx.Budget(latency=budget), target=target)
     except BudgetInfeasibleError as error:
         missed = True
-        if error.best is None:
+        if error.result is None:
             return {"target": str(target), "asked": budget, "missed": True, "why": str(error)}
-        result = error.best
+        result = error.result
     report = result.report
     (timing,) = report.timings or (None,)
     return {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from geofx.cost_models.contract import Device
 
-DEVICES: Mapping[str, Device] = {
+DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         Device(

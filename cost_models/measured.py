@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from geofx.cost_models.contract import Priced
-from geofx.errors import ExportError, NumericsError
+from geofx.errors import ExportError, NumericsError, first_line
 from geofx.factorizations import Dense, Factorization
 from geofx.piece import Piece
 from geofx.workload import measure
@@ -103,7 +103,7 @@ class Measured:
                 try:
                     self.curves[family] = self._curve(family, sizes)
                 except (RuntimeError, IndexError, ExportError) as error:
-                    self.failures[family] = str(error).splitlines()[0]
+                    self.failures[family] = first_line(error)
         return {
             name: self.failures[family]
             for family in families

@@ -179,7 +179,8 @@ class Analysis:
         if targets not in self._clocks:
             totals = Totals(self.original.size_bytes(), self.original.parameter_count(), self.flops_per_token)
             kept = Cache(default_folder("latency"))
-            self._clocks[targets] = Clock(self.original, targets, totals, kept, self.progress)
+            dense, _ = list_options(self.regions.values(), (), self._rows_per_token)
+            self._clocks[targets] = Clock(self.original, targets, totals, tuple(dense), kept, self.progress)
         return self._clocks[targets]
 
     def apply(self, plan: Plan, holdout: list[Batch] | None = None) -> OptimizedModel:
@@ -355,7 +356,9 @@ class Analysis:
         if (formats, tables) not in self._options:
             chosen = [item for item in self.regions.values() if (item.region.kind in TABLES) == tables]
             with self.stages("price options"):
-                self._options[formats, tables] = list_options(chosen, formats, self._rows_per_token)
+                self._options[formats, tables] = list_options(
+                    chosen, formats, self._rows_per_token, self.progress
+                )
         return self._options[formats, tables]
 
     def _fixed(self, options: Iterable[Option]) -> Totals:

@@ -197,7 +197,6 @@ def _stored(meta: _Meta, stored: Mapping[str, Tensor]) -> StoredAnalysis:
 def _tensors_of(analysis: StoredAnalysis) -> dict[str, Tensor]:
     moments = analysis.moments
     found = {f"input/{key}": pack_symmetric(value) for key, value in moments.inputs.items()}
-    found |= {f"mean/{key}": value for key, value in moments.means.items()}
     for key, value in moments.outputs.items():
         whole = value.dim() == 2
         found[f"{'output' if whole else 'output_diagonal'}/{key}"] = pack_symmetric(value) if whole else value
@@ -257,13 +256,12 @@ def _batches(stored: Mapping[str, Any], kind: str) -> list[Batch]:
 
 
 def _moments(meta: _Meta, stored: Mapping[str, Tensor]) -> Moments:
-    inputs, means = _group(stored, "input"), _group(stored, "mean")
-    missing = {key for key, count in meta.tokens.items() if count > 0} - (inputs.keys() & means.keys())
+    inputs = _group(stored, "input")
+    missing = {key for key, count in meta.tokens.items() if count > 0} - inputs.keys()
     if missing:
         raise ValueError(f"no moments of {sorted(missing)[0]!r}")
     return Moments(
         inputs=_unpacked(inputs),
-        means=means,
         outputs={**_unpacked(_group(stored, "output")), **_group(stored, "output_diagonal")},
         input_of=meta.input_of,
         tokens=meta.tokens,

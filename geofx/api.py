@@ -106,8 +106,7 @@ def analyze(
     if example is None and not batches:
         raise ConfigError("data-free analysis needs inputs to trace with", fix="pass example=")
     with stages("trace"):
-        original = trace(model, batches[0] if example is None else example)
-        program = _canonical(original)
+        original, program = _traced(model, batches[0] if example is None else example, progress)
     objective = choose_objective(original, batches[0], loss, seed) if batches else SquaredError(seed)
     moments = Moments(mode="data_free", unit=UNITS["data_free"])
     if mode != "data_free":
@@ -231,8 +230,7 @@ def load_analysis(
         raise ConfigError("the analysis was made with a loss of its own", where=str(path), fix="pass loss=")
     stages = Stages()
     with stages("trace"):
-        original = trace(model, stored.example)
-        program = _canonical(original)
+        original, program = _traced(model, stored.example, progress)
     if hash_tensors(original.tensors()) != stored.model_hash:
         raise ArtifactMismatchError(
             "the analysis belongs to other weights", where=str(path), fix="analyze this model"
@@ -249,18 +247,22 @@ def load_analysis(
     return analysis
 
 
-def _canonical(original: Program) -> Program:
-    """The annotated clone that everything works on.
+def _traced(model: nn.Module | ExportedProgram, example: Any, progress: Progress) -> tuple[Program, Program]:
+    """The graph of a model, and the annotated clone that everything works on.
 
     Raises:
+        CaptureError: it cannot be traced.
         ConfigError: it multiplies by no constant weight that geofx could factorize.
     """
+    progress("trace", 0, 1)
+    original = trace(model, example)
     program = original.clone()
     run_passes(program, [Canonicalize(), FindSites()])
     if not sites_of(program):
         reasons = "; ".join(f"{skip.weight}: {skip.reason}" for skip in find_sites(program)[1][:5])
         raise ConfigError(f"the model has no matmul to factorize ({reasons or 'no constant weights'})")
-    return program
+    progress("trace", 1, 1)
+    return original, program
 
 
 def _assemble(

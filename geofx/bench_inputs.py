@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from geofx.errors import ConfigError
+from geofx.errors import ConfigError, first_line
 from geofx.program import Program
 
 BENCH_SIZES = {"batch": 1, "sequence": 128}
@@ -35,7 +35,7 @@ def bench_inputs(program: Program, batch: int | None, length: int | None) -> dic
         refusal = _refusal(program, made)
     if refusal is not None:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in made.items())
-        what = f"the model cannot run inputs of these sizes: {str(refusal).splitlines()[0]}"
+        what = f"the model cannot run inputs of these sizes: {first_line(refusal)}"
         raise ConfigError(what, where=shapes, fix="give a smaller --length or --batch") from refusal
     return made
 

@@ -13,6 +13,7 @@ from geofx import cli_options as options
 from geofx.analysis import Analysis
 from geofx.cli_analysis import Wanted, check_kept, check_written, kept_analysis, kept_or_new, new_analysis
 from geofx.cli_console import ConsoleProgress, show, show_json, working
+from geofx.errors import BudgetInfeasibleError
 from geofx.folder import check_files, check_target, write_file
 from geofx.latency_budget import check_wanted
 from geofx.model import OptimizedModel
@@ -68,7 +69,14 @@ def optimize(
             source = load_source(model)
         options.check_patterns(source, include, ignore)
         analysis = new_analysis(source, wanted, progress)
-        result = optimize_analysis(analysis, budget, include=include, ignore=ignore or (), target=targets)
+        try:
+            result = optimize_analysis(analysis, budget, include=include, ignore=ignore or (), target=targets)
+        except BudgetInfeasibleError as error:
+            if error.result is None:
+                raise
+            _saved(error.result, analysis, source, output, overwrite, html, progress)
+            fix = f"raise latency; what was made lies in {output.name}"
+            raise BudgetInfeasibleError(error.what, where=error.where, fix=fix) from error
         result = _saved(result, analysis, source, output, overwrite, html, progress)
     _show_result(result, as_json)
 

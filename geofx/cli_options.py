@@ -60,7 +60,7 @@ Effort = Annotated[
     typer.Option(
         help="fast: one pass over the calibration data. balanced, about 3 times as long: an eighth of it "
         "is kept to choose and to set the predicted loss on, and the model writes as much text again. "
-        "best, about 6 times: it writes twice as much, and optimize refines the factors."
+        "best, 6 to 9 times: it writes twice as much, and optimize refines the factors."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of what the analysis draws.")]

@@ -1,4 +1,4 @@
-"""geofx inspect, export, eval and bench: what can be done with a saved result."""
+"""geofx inspect, export and eval: what can be done with a saved result."""
 
 from __future__ import annotations
 
@@ -107,16 +107,19 @@ def export(
         if path is not None:
             target_file(path, suffix, own_folder=with_past and path is onnx)
     made: dict[str, Any] = {}
-    with working():
+    with working() as progress:
         result = load(saved, module=None if original is None else load_source(original).model)
         if (torchscript is not None or with_past) and result.module is None and result.rebuild is None:
             raise ConfigError("the model's own class is not known", fix="give --original MODEL")
         if onnx is not None:
-            made["onnx"] = _fields(result.to_onnx(onnx, with_past=with_past))
+            with progress.step("onnx"):
+                made["onnx"] = _fields(result.to_onnx(onnx, with_past=with_past))
         if pt2 is not None:
-            made["pt2"] = _fields(result.to_pt2(pt2))
+            with progress.step("pt2"):
+                made["pt2"] = _fields(result.to_pt2(pt2))
         if torchscript is not None:
-            made["torchscript"] = _fields(result.to_torchscript(torchscript))
+            with progress.step("torchscript"):
+                made["torchscript"] = _fields(result.to_torchscript(torchscript))
     if as_json:
         show_json(made)
     for kind, fields in {} if as_json else made.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from geofx.bench_inputs import bench_inputs
@@ -50,6 +51,7 @@ class Clock:
     Attributes:
         original: the graph that is made faster.
         totals: what it stores and computes.
+        dense: the regions as they are; what is computed for the model is the sum of these and what is left.
         cache: where timings of pieces are kept.
         models: what prices options on each target.
 
@@ -60,6 +62,7 @@ class Clock:
     original: Program
     targets: tuple[Target, ...]
     totals: Totals
+    dense: tuple[Option, ...] = ()
     cache: Cache | None = None
     progress: Progress = log_progress
     saving_ratio: float = field(default=1.0, init=False)
@@ -171,13 +174,26 @@ class Clock:
             self._calls[target] = ready(self.original, self._inputs(target), target, rows)
         return self._calls[target]
 
+    @property
+    def _outside(self) -> Workload:
+        """What the model computes and stores beside the regions; its activations are not known."""
+        works = [option.workload for option in self.dense]
+        return Workload(
+            flops=max(0.0, self.totals.flops - math.fsum(work.flops for work in works)),
+            parameters=self.totals.parameters - sum(work.parameters for work in works),
+            weight_bytes=max(0, self.totals.bytes - sum(work.weight_bytes for work in works)),
+            activation_bytes=0.0,
+            launches=0,
+        )
+
     @cached_property
     def _dense_s(self) -> Mapping[Target, float]:
         found = {}
         for target, model in self.models.items():
             if isinstance(model, Roofline):
-                whole = Workload(self.totals.flops, self.totals.parameters, self.totals.bytes, 0.0, 0)
-                found[target] = model.latency_s(whole)
+                regions = [model.cost(option) for option in self.dense]
+                scale = getattr(torch, model.dtype).itemsize / getattr(torch, _dtype(self.original)).itemsize
+                found[target] = math.fsum([*regions, model.latency_s(self._outside, scale)])
             else:
                 times = interleaved_times({"original": self._original(target)}, ROUNDS, self.progress)
                 found[target] = statistics.median(times["original"])

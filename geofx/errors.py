@@ -36,7 +36,8 @@ class BudgetInfeasibleError(GeofxError):
 
     Attributes:
         smallest: the least value of each limited resource that some plan reaches.
-        best: the plan that comes closest, or None where none was built.
+        best: the plan that comes closest.
+        result: the model that was made and measured to miss the budget least, where one was.
     """
 
     exit_code = 3
@@ -49,10 +50,11 @@ class BudgetInfeasibleError(GeofxError):
         fix: str = "",
         smallest: dict[str, float] | None = None,
         best: Any = None,
+        result: Any = None,
     ) -> None:
         super().__init__(what, where=where, fix=fix)
         self.smallest = smallest or {}
-        self.best = best
+        self.best, self.result = best, result
 
 
 class CalibrationError(GeofxError):
@@ -119,6 +121,11 @@ class MissingDependencyError(GeofxError):
     """An optional package is not installed; the fix names the install command."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says first, or of what kind it is where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def out_of_memory(error: BaseException | None) -> bool:

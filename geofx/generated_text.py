@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geofx.batches import Batch, token_mask, vocabularies
+from geofx.errors import out_of_memory
 from geofx.objective import NextToken, Objective, token_input
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
@@ -51,6 +52,8 @@ def generated_text(
         try:
             return written_text(module, batches, rounds, seed, progress)
         except Exception as error:  # the user's model at work, in whatever way it generates
+            if out_of_memory(error):
+                raise
             logger.warning("the model writes no text, tokens are replaced instead: %s", error)
     return replaced_tokens(batches, rounds, ids, vocabularies(program)[ids], seed)
 

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from geofx.errors import ArtifactCorruptError, ArtifactMismatchError
+from geofx.errors import ArtifactCorruptError, ArtifactMismatchError, first_line
 from geofx.factorizations import from_json, to_json
 from geofx.factorized_module import FactorizedEmbedding, FactorizedLayer, FactorizedLinear
 
@@ -78,7 +78,7 @@ class GeofxConfig(QuantizationConfigMixin):
             )
         except (ValidationError, ValueError, TypeError) as error:
             raise ArtifactCorruptError(
-                f"config.json does not describe factorized layers: {str(error).splitlines()[0]}",
+                f"config.json does not describe factorized layers: {first_line(error)}",
                 where="quantization_config",
                 fix="save the model again",
             ) from error

@@ -147,7 +147,7 @@ def confirmed(
     """``result`` with what was measured of it in its report.
 
     Raises:
-        BudgetInfeasibleError: it is slower than asked; carries it as ``best``.
+        BudgetInfeasibleError: it is slower than asked; carries it as ``result``.
     """
     clock, plan = analysis.clock(target), result.plan
     if not plan.rewritten:
@@ -165,7 +165,8 @@ def confirmed(
     raise BudgetInfeasibleError(
         f"asked for {describe('latency', limit)}, the best result takes {describe('latency', taken)}",
         where="; ".join(f"{item.target}: {item.ratio:.1%} of the original" for item in timings),
-        fix="raise latency, or take the error's best",
+        fix="raise latency, or take what was made, the error's result",
         smallest={"latency": taken},
-        best=result,
+        best=plan,
+        result=result,
     )

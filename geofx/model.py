@@ -270,6 +270,7 @@ class OptimizedModel:
         *,
         lower: Literal["standard", "custom"] = "standard",
         target: Target | None = None,
+        rtol: float | None = None,
     ) -> Pt2Report:
         """Export the graph with `torch.export`, checked in a process of its own before it is published.
 
@@ -278,6 +279,7 @@ class OptimizedModel:
             lower: ``"standard"`` writes aten operations, which open without geofx; ``"custom"`` keeps those
                 of `fused`, for whoever imports ``geofx.ops`` first.
             target: whose prices say which; for ``"custom"``.
+            rtol: largest difference from the original as a share of its largest output; None: by its type.
 
         Raises:
             ConfigError: ``lower`` is unknown, or lacks its target.
@@ -286,12 +288,21 @@ class OptimizedModel:
         if lower not in ("standard", "custom") or (lower == "custom") != (target is not None):
             fix = "use lower='standard', or lower='custom' with a target"
             raise ConfigError(f"lower={lower!r} with target={target}", fix=fix)
-        return to_pt2(self.program if target is None else self.fused(target).on_cpu(), path)
+        return to_pt2(self.program if target is None else self.fused(target).on_cpu(), path, rtol=rtol)
 
-    def to_torchscript(self, path: str | Path) -> TorchScriptReport:
-        """Trace `to_module` to TorchScript (legacy), checked in a process without geofx."""
+    def to_torchscript(self, path: str | Path, *, rtol: float | None = None) -> TorchScriptReport:
+        """Trace `to_module` to TorchScript (legacy), checked in a process without geofx.
+
+        ``rtol`` is the largest difference from the original as a share of its largest output; None: by its
+        type.
+
+        Raises:
+            ExportError, VerificationError: it cannot be exported, or does something else.
+        """
         module, program = self.to_module(), self.program
-        return to_torchscript(module, program.example, Path(path), dynamic_shapes=program.dynamic_shapes)
+        return to_torchscript(
+            module, program.example, Path(path), dynamic_shapes=program.dynamic_shapes, rtol=rtol
+        )
 
     def _original(self, given: nn.Module | Program | None) -> Program:
         known = self.original if given is None or given is self.module else given

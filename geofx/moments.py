@@ -30,7 +30,6 @@ class Moments:
 
     Attributes:
         inputs: input key -> A.
-        means: input key -> E[x].
         outputs: weight name -> G, or its diagonal as a vector; empty unless ``mode`` is ``"two_sided"``.
         input_of: weight name -> input key, of weights that multiply.
         tokens: input key -> number of tokens seen.
@@ -46,7 +45,6 @@ class Moments:
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    means: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     input_of: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -99,7 +97,6 @@ def pooled(first: Moments, second: Moments) -> Moments:
     return replace(
         first,
         inputs=by_tokens(first.inputs, second.inputs),
-        means=by_tokens(first.means, second.means),
         outputs=by_terms(first.outputs, second.outputs),
         tokens={key: count + second.tokens[key] for key, count in first.tokens.items()},
         lookups=added(first.lookups, second.lookups),

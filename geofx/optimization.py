@@ -11,7 +11,7 @@ from dataclasses import replace
 from geofx.analysis import Analysis, Rewrites
 from geofx.budget import Budget
 from geofx.choice import SolverReport
-from geofx.errors import BudgetInfeasibleError, NumericsError
+from geofx.errors import BudgetInfeasibleError, GeofxError, NumericsError
 from geofx.factorizations import Factorization
 from geofx.frontier_run import frontier_of
 from geofx.latency_budget import Wanted, confirmed, fitted, in_time
@@ -134,11 +134,15 @@ def _or_uniform(
 def _with_frontier(
     analysis: Analysis, result: OptimizedModel, budget: Budget, wanted: Wanted
 ) -> OptimizedModel:
-    """``result`` with the plans of several sizes in its report, for comparison."""
-    with analysis.stages("frontier"):
-        found = frontier_of(
-            analysis, shares=REPORTED, scope=budget.scope, include=wanted.include, ignore=wanted.ignore
-        )
+    """``result`` with the plans of several sizes in its report, where they are found."""
+    try:
+        with analysis.stages("frontier"):
+            found = frontier_of(
+                analysis, shares=REPORTED, scope=budget.scope, include=wanted.include, ignore=wanted.ignore
+            )
+    except GeofxError as error:
+        logger.warning("the report has no other sizes: %s", error)
+        return result
     stages = tuple(analysis.stages.done)
     return replace(result, report=replace(result.report, frontier=found, stages=stages))
 

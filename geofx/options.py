@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from geofx.errors import NumericsError
 from geofx.factorizations import FACTORIZATIONS, Dense, Factorization
+from geofx.progress import Progress, log_progress
 from geofx.region import OWN, Region
 from geofx.region_analysis import RegionAnalysis
 from geofx.screening import Screen
@@ -49,6 +50,7 @@ def list_options(
     analyses: Iterable[RegionAnalysis],
     formats: Iterable[type[Factorization]] | None = None,
     rows_per_token: Mapping[str, float] | None = None,
+    progress: Progress = log_progress,
 ) -> tuple[list[Option], list[Skip]]:
     """Every option of every region, `Dense` among those of every single site, and why formats proposed none.
 
@@ -59,6 +61,7 @@ def list_options(
         formats: those to price; by default all, without a closed form only where `geofx.screening` lets them.
         rows_per_token: how often a weight is used per token of the model (2 for a layer called twice, less
             than 1 for one that sees a sequence once); 1 where it says nothing.
+        progress: is told the regions that are priced and the formats that are tried.
     """
     every, named = list(analyses), FACTORIZATIONS if formats is None else tuple(formats)
     asked: tuple[type[Factorization], ...] = tuple(dict.fromkeys((Dense, *named)))
@@ -66,26 +69,31 @@ def list_options(
     options: list[Option] = []
     skips: list[Skip] = []
 
-    def add(members: Iterable[type[Factorization]], among: Iterable[RegionAnalysis]) -> None:
-        for analysis in among:
+    def add(stage: str, members: Sequence[type[Factorization]], among: Sequence[RegionAnalysis]) -> None:
+        progress(stage, 0, len(among))
+        for done, analysis in enumerate(among):
             for member in members:
                 found, skip = _options_of(member, analysis, uses_per_token(analysis.region, rows))
                 options.extend(found)
                 skips.extend(skip)
+            progress(stage, done + 1, len(among))
 
-    add([member for member in asked if member.closed_form], every)
+    add("price options", [member for member in asked if member.closed_form], every)
     open_forms = [member for member in asked if not member.closed_form]
     if formats is not None:
-        add(open_forms, every)
+        for member in open_forms:
+            add(f"price {member.name}", [member], every)
         return options, skips
     screen = _screen(every, options)
-    for member, kind in product(open_forms, screen.smallest):
-        if kind not in member.regions:
-            continue
+    trials = [pair for pair in product(open_forms, screen.smallest) if pair[1] in pair[0].regions]
+    progress("try formats", 0, len(trials))
+    for done, (member, kind) in enumerate(trials):
         refusal = screen.refusal(member, kind)
+        progress("try formats", done + 1, len(trials))
         if refusal is None:
             logger.info("%s joins the plan in %s regions", member.name, kind)
-            add([member], [item for item in every if screen.covers(item.region)])
+            covered = [item for item in every if screen.covers(item.region)]
+            add(f"price {member.name} in {kind} regions", [member], covered)
         else:
             skips.append(Skip(f"{kind} regions", "SCREENED", f"{member.name} {refusal}"))
     return options, skips

@@ -53,7 +53,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(repr(choice) for choice in close) or "none"
 
 
-def _listed(patterns: Iterable[str] | str) -> tuple[str, ...]:
+def _listed(patterns: Patterns) -> tuple[str, ...]:
+    if isinstance(patterns, Iterator):
+        raise ConfigError("patterns of a generator can be read only once", fix="give a list of them")
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 

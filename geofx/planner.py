@@ -73,7 +73,8 @@ class _Request:
             found = solve(problem, self.time_limit_s)
         except TimeoutError as error:
             raise ResourceError(
-                f"no plan was found within {self.time_limit_s} s", fix="raise time_limit_s or the budget"
+                f"no plan was found within {self.time_limit_s} s",
+                fix="raise the budget, or plan fewer formats",
             ) from error
         return found and Solution(kept[found.chosen], found.objective, found.bound, found.proved)
 

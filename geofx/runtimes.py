@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geofx.errors import ConfigError, ExportError
+from geofx.errors import ConfigError, ExportError, first_line
 from geofx.export.onnx_graph import require_exportable, to_onnx_model
 from geofx.export.onnx_runtime import OnnxRunner, require_onnx
 from geofx.fusion import fused
@@ -60,7 +60,7 @@ def ready(program: Program, inputs: Mapping[str, Tensor], target: Target, rows: 
         try:
             call()
         except Exception as error:  # whatever a compiler on this machine may say
-            what = f"torch.compile fails: {str(error).strip().splitlines()[0][:200]}"
+            what = f"torch.compile fails: {first_line(error)[:200]}"
             raise ExportError(what, fix="install a C++ compiler, or use runtime='eager'") from error
     return call
 

@@ -21,7 +21,7 @@ from torch import nn
 from geofx import strict_json
 from geofx.artifact import check_file_name
 from geofx.batches import longest_sequence
-from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError
+from geofx.errors import ArtifactError, ConfigError, GeofxError, MissingDependencyError, first_line
 from geofx.folder import MANIFEST
 from geofx.gguf_header import require_sound_gguf
 
@@ -374,5 +374,5 @@ def _plain_errors(description: str, place: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException, place: str) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text.replace(place, Path(place).name) if place else text

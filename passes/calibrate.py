@@ -72,7 +72,6 @@ class Recorder(fx.Interpreter):
         self.linear, self.tables = linear_nodes(program), lookup_nodes(program)
         self.is_wide = any(tensor.dtype == torch.float64 for _, tensor in program.tensors())
         self.grams: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
         self.directions: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.lookups: dict[str, Tensor] = {}
@@ -87,7 +86,6 @@ class Recorder(fx.Interpreter):
         for site in self.linear.values():
             rows, columns = site.shape
             self.grams.setdefault(site.input, _zeros(columns, columns))
-            self.sums.setdefault(site.input, _zeros(columns))
             self.tokens.setdefault(site.input, 0)
             if with_directions:
                 self.directions.setdefault(site.input, _zeros(columns, columns))
@@ -216,7 +214,6 @@ class Recorder(fx.Interpreter):
     def _add_input(self, key: str, x: Tensor) -> None:
         rows = _wide(self._valid(x))
         _add_scaled(self.grams[key], rows)
-        self.sums[key] += rows.sum(0)
         self.tokens[key] += rows.shape[0]
         if self.directions:
             peaks = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
@@ -258,7 +255,6 @@ class Recorder(fx.Interpreter):
                 logger.warning("no calibration token reached %s", site.weight)
         return Moments(
             inputs=self._means(self.grams),
-            means={key: total / max(1, self.tokens[key]) for key, total in self.sums.items()},
             outputs=self._finished(self.gradients),
             lookups=self.lookups,
             lookup_batches=self.lookup_batches,

@@ -123,6 +123,8 @@ def test_matching_takes_globs_prefixes_and_regexes(include: Any, ignore: Any, ex
 def test_row_6_a_pattern_that_matches_nothing_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'lm_heat' matches nothing.*'lm_head'"):
         matching(NAMES, ignore=["lm_heat"])
+    with pytest.raises(ConfigError, match="only once"):
+        matching(NAMES, ignore=(name for name in ["lm_head"]))
     with pytest.raises(ConfigError, match="matches nothing"):
         matching(NAMES, include=["re:lm_head"])
 

@@ -16,6 +16,7 @@ import geofx
 from geofx import cli_analysis, demo
 from geofx.cli import main
 from geofx.doctor import examine
+from geofx.errors import BudgetInfeasibleError
 from geofx.sources import load_source
 
 transformers = pytest.importorskip("transformers")
@@ -261,6 +262,20 @@ def test_a_pattern_that_matches_nothing_is_an_error_before_work(
     )
     assert code == 2
     assert "lm_head" in capsys.readouterr().err
+
+
+def test_what_was_made_is_kept_where_it_misses_the_budget(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_slow(analysis: geofx.Analysis, budget: geofx.Budget, **_: Any) -> Any:
+        result = geofx.optimization.optimize_analysis(analysis, geofx.Budget(size=0.9))
+        raise BudgetInfeasibleError("asked for 1 ms", where="eager", best=result.plan, result=result)
+
+    monkeypatch.setattr("geofx.cli_optimize.optimize_analysis", too_slow)
+    out = tmp_path / "out"
+    assert main(["optimize", str(model_folder), "-o", str(out), "--latency", "0.5", *SMALL]) == 3
+    assert "fix: raise latency; what was made lies in out" in capsys.readouterr().err
+    assert geofx.load(out).plan.rewritten
 
 
 def test_an_impossible_budget(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from documented import blocks, commands, require_command
 
 import geofx
+from geofx.cost_models import DEVICES
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -21,6 +24,7 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("out").mkdir()
+    monkeypatch.setitem(DEVICES, "my-npu", DEVICES["l4"])  # taken out again at the end
     names: dict[str, object] = {
         "geofx": geofx,
         "model": tiny_models.build("llama"),
@@ -52,3 +56,12 @@ def test_pages_are_listed_and_link_to_one_another() -> None:
     for text in PAGES.values():
         for target in re.findall(r"\]\(([\w./-]+\.md)\)", text):
             assert (ROOT / "docs" / target).is_file(), target
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert 'id="geofx.optimize"' in page

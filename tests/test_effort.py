@@ -67,7 +67,7 @@ def _assert_same(one: Moments, other: Moments) -> None:
     assert one.tokens == other.tokens
     assert one.loss_terms == other.loss_terms
     compared = 0
-    for field in ("inputs", "means", "outputs", "lookups", "lookup_outputs", "lookup_energies"):
+    for field in ("inputs", "outputs", "lookups", "lookup_outputs", "lookup_energies"):
         for key, value in getattr(other, field).items():
             torch.testing.assert_close(getattr(one, field)[key], value, rtol=1e-4, atol=1e-7)
             compared += 1

@@ -173,7 +173,6 @@ def test_all_moments_are_saved_and_loaded(tmp_path: Any) -> None:
     for field in (
         "inputs",
         "outputs",
-        "means",
         "lookups",
         "lookup_batches",
         "lookup_energies",

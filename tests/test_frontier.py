@@ -13,9 +13,10 @@ from rich.console import Console
 import geofx
 from geofx import Budget
 from geofx.analysis import Analysis
-from geofx.errors import ArtifactCorruptError, ConfigError, NumericsError
+from geofx.errors import ArtifactCorruptError, ConfigError, NumericsError, ResourceError
 from geofx.frontier import Frontier
 from geofx.frontier_views import draw_frontier, frontier_table
+from geofx.optimization import optimize_analysis
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,19 @@ def test_shares_below_the_smallest_plan_measure_that(analysis: Analysis) -> None
     assert [point.share for point in found.points] == [0.9, 0.02]
     assert found.points[-1].kept > 0.02
     assert found.points[-1].loss_increase is not None
+
+
+def test_a_result_is_had_without_the_other_sizes(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert optimize_analysis(analysis, Budget(size=0.8)).report.frontier is not None
+
+    def out_of_time(*_: object, **__: object) -> Frontier:
+        raise ResourceError("no plan was found within 20 s")
+
+    monkeypatch.setattr("geofx.optimization.frontier_of", out_of_time)
+    assert optimize_analysis(analysis, Budget(size=0.8)).report.frontier is None
+    assert "no other sizes: no plan was found" in caplog.text
 
 
 def test_predictions_in_another_unit_are_not_set_beside_measurements() -> None:

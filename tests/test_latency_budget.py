@@ -100,7 +100,7 @@ def test_a_budget_that_no_plan_meets_is_an_error_with_the_best_result(
     paper(0.05)
     with pytest.raises(BudgetInfeasibleError) as caught:
         geofx.optimization.optimize_analysis(analysis, Budget(latency=0.5), target=Target(batch=ROWS))
-    best = caught.value.best
+    best = caught.value.result
     assert isinstance(best, geofx.OptimizedModel)
     (timing,) = best.report.timings
     assert timing.ratio > 0.9
@@ -153,6 +153,17 @@ def test_computed_targets_are_planned_for_and_not_measured(analysis: Analysis) -
         analysis.clock(Target(device="a100"))
 
 
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_the_computed_model_is_the_sum_of_its_parts(analysis: Analysis, dtype: Any) -> None:
+    clock = analysis.clock(Target(device="h100-sxm", tokens=1, dtype=dtype))
+    options, outside_s, _ = clock.priced(clock.dense)
+    assert len(options) == 4
+    assert outside_s > 0.0
+    assert clock.dense_s == pytest.approx(outside_s + sum(option.latency_s for option in options))
+    biases = 4 * WIDTH * (2 if dtype else 4) / 3.35e12
+    assert outside_s == pytest.approx(biases, rel=0.01)
+
+
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
 def test_a_real_budget_on_this_machine(
     analysis: Analysis, runtime: Any, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +176,7 @@ def test_a_real_budget_on_this_machine(
     try:
         result = geofx.optimization.optimize_analysis(analysis, Budget(latency=0.7), target=target)
     except BudgetInfeasibleError as error:
-        result = error.best
+        result = error.result
         assert result.report.timings[0].ratio > 0.7
     else:
         assert result.report.timings[0].ratio <= 0.7

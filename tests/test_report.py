@@ -166,7 +166,6 @@ def test_the_recovery_is_shown_in_both_reports() -> None:
     for written in (console.file.getvalue(), Page(report_html(report)).text):  # type: ignore[attr-defined]
         for figure in (
             "Recovery",
-            "istance to the original's outputs",
             "validation",
             "0.5000",
             "0.3750",

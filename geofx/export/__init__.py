@@ -1,1 +1,1 @@
-"""Export: ONNX from the graph, TorchScript from the eager module; published after they ran and agreed."""
+"""Export: graphs as ONNX and .pt2, the user's class as decoders and TorchScript; published if they agree."""

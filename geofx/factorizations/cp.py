@@ -144,7 +144,7 @@ def best_of_starts(tensor: Tensor, rank: int) -> list[Tensor]:
 
 
 def alternate(tensor: Tensor, start: list[Tensor], sweeps: int) -> tuple[list[Tensor], float]:
-    """Alternating least squares, factor by factor; the best iterate and its squared error (row 77)."""
+    """Alternating least squares, factor by factor; the best iterate and its squared error."""
     factors, total = [part.clone() for part in start], float(tensor.square().sum())
     best, least = list(factors), math.inf
     for _ in range(sweeps):

@@ -227,7 +227,7 @@ def fit_folded(
 
 
 def balanced(parts: Factors, scale: float = 1.0) -> dict[str, Tensor]:
-    """Factors of a multilinear form times ``scale``, none with larger entries than another (row 72)."""
+    """Factors of a multilinear form times ``scale``, none with larger entries than another."""
     peaks = {name: float(part.abs().max()) for name, part in parts.items()}
     if not all(peaks.values()):
         return dict(parts)
