@@ -20,11 +20,12 @@ from geofx import doctor as examination
 from geofx.cli_bench import bench
 from geofx.cli_compare import compare
 from geofx.cli_console import set_up_streams, show, show_error, show_json, show_usage_error, working
+from geofx.cli_export import export
 from geofx.cli_frontier import frontier
 from geofx.cli_generate import generate
 from geofx.cli_optimize import apply, optimize, plan
 from geofx.cli_recover import recover
-from geofx.cli_results import evaluate, export, inspect
+from geofx.cli_results import evaluate, inspect
 from geofx.cli_taxonomy import taxonomy
 from geofx.environment import version_of
 from geofx.errors import ArtifactError, GeofxError, ResourceError, out_of_memory

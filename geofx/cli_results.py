@@ -1,4 +1,4 @@
-"""geofx inspect, export and eval: what can be done with a saved result."""
+"""geofx inspect and eval: what is in a saved result, and what it loses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import networkx
 import typer
@@ -15,14 +15,13 @@ from geofx import cli_options as options
 from geofx.batches import Batch, longest_sequence
 from geofx.cli_console import show, show_json, working
 from geofx.cli_original import original_of
-from geofx.errors import CalibrationError, ConfigError
-from geofx.export.staging import target_file
+from geofx.errors import CalibrationError
 from geofx.folder import check_files, write_file
 from geofx.graph_text import graph_diff, graph_dot
 from geofx.objective import choose_objective
 from geofx.report import Measured
 from geofx.report_html import report_html
-from geofx.report_rows import Format, in_bytes, in_loss, in_percent, plain
+from geofx.report_rows import Format, in_loss, in_percent, plain
 from geofx.report_table import figures_table, report_tables
 from geofx.restore import load
 from geofx.sources import Source, load_source, load_tokenizer
@@ -76,56 +75,6 @@ def inspect(
         show(*report_tables(result.report, regions))
 
 
-def export(
-    saved: options.Saved,
-    onnx: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write an ONNX file, run and checked.")
-    ] = None,
-    torchscript: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write a TorchScript file.")
-    ] = None,
-    pt2: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write an archive of torch.export.")
-    ] = None,
-    with_past: Annotated[
-        bool,
-        typer.Option(help="The ONNX file is a decoder with its keys and values, in a folder of its own."),
-    ] = False,
-    original: options.Original = None,
-    as_json: options.Json = False,
-) -> None:
-    """Export a saved result; it is published only after it ran and agreed.
-
-    TorchScript and decoders with their past are made from the model's own class, and need --original where
-    that is not known.
-    """
-    if with_past and onnx is None:
-        raise ConfigError("--with-past is of an ONNX file", fix="give --onnx FOLDER/model.onnx")
-    if onnx is None and torchscript is None and pt2 is None:
-        raise ConfigError("nothing to export to", fix="give --onnx PATH, --pt2 PATH or --torchscript PATH")
-    for path, suffix in ((onnx, ".onnx"), (pt2, ".pt2"), (torchscript, ".pt")):
-        if path is not None:
-            target_file(path, suffix, own_folder=with_past and path is onnx)
-    made: dict[str, Any] = {}
-    with working() as progress:
-        result = load(saved, module=None if original is None else load_source(original).model)
-        if (torchscript is not None or with_past) and result.module is None and result.rebuild is None:
-            raise ConfigError("the model's own class is not known", fix="give --original MODEL")
-        if onnx is not None:
-            with progress.step("onnx"):
-                made["onnx"] = _fields(result.to_onnx(onnx, with_past=with_past))
-        if pt2 is not None:
-            with progress.step("pt2"):
-                made["pt2"] = _fields(result.to_pt2(pt2))
-        if torchscript is not None:
-            with progress.step("torchscript"):
-                made["torchscript"] = _fields(result.to_torchscript(torchscript))
-    if as_json:
-        show_json(made)
-    for kind, fields in {} if as_json else made.items():
-        show(f"{kind}: {fields['path']}, {in_bytes(fields['size_bytes'])}")
-
-
 def evaluate(
     saved: options.Saved,
     text: Annotated[
@@ -142,7 +91,7 @@ def evaluate(
         result = load(saved)
         source = None if original is None else load_source(original)
         reference = result.program if source is None else original_of(result, source)
-        batches = _windows(saved, source, text, tokens, length, longest_sequence(result.config))
+        batches = windows_of(saved, source, text, tokens, length, longest_sequence(result.config))
         objective = choose_objective(reference, batches[0], None)
         fidelity = verify(reference, result.program, batches, objective, progress=progress)
     figures = _figures(fidelity, compared=source is not None)
@@ -155,9 +104,14 @@ def evaluate(
         show(figures_table("measured", rows))
 
 
-def _windows(
+def windows_of(
     saved: Path, source: Source | None, text: str, tokens: int, length: int, longest: int | None
 ) -> list[Batch]:
+    """Batches of a text, cut by the tokenizer that was saved, or the original's.
+
+    Raises:
+        CalibrationError: there is no tokenizer, or no such text.
+    """
     tokenizer = load_tokenizer(saved) or (source and source.tokenizer)
     if tokenizer is None:
         raise CalibrationError(
@@ -186,8 +140,3 @@ def _figures(fidelity: Fidelity, compared: bool) -> dict[str, float | None]:
             if isinstance(value, float) and key not in ("loss_optimized", "parameter_mae")
         }
     return {key: value if value is None or math.isfinite(value) else None for key, value in found.items()}
-
-
-def _fields(report: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(report)
-    return {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}

@@ -19,6 +19,7 @@ from geofx.errors import CalibrationError, ConfigError
 from geofx.export.onnx import to_onnx
 from geofx.export.onnx_decoder import to_onnx_decoder
 from geofx.export.onnx_file import OnnxReport
+from geofx.export.onnx_variants import Measure, OnnxModel, Variant
 from geofx.export.pt2 import Pt2Report, to_pt2
 from geofx.export.torchscript import TorchScriptReport, to_torchscript
 from geofx.factorizations import Factored
@@ -242,7 +243,16 @@ class OptimizedModel:
         """
         return fused(self.program, target, rows_of(self.program, target))
 
-    def to_onnx(self, path: str | Path, *, with_past: bool = False, rtol: float | None = None) -> OnnxReport:
+    def to_onnx(
+        self,
+        path: str | Path,
+        *,
+        with_past: bool = False,
+        rtol: float | None = None,
+        dtype: Literal["float16"] | None = None,
+        int8: bool = False,
+        holdout: Any = None,
+    ) -> OnnxReport:
         """Export with standard operators, checked in ONNX Runtime before it is published.
 
         Args:
@@ -251,18 +261,38 @@ class OptimizedModel:
                 inputs and outputs, with the files beside it that `geofx.runtime.Generator`, onnxruntime-genai
                 and others look for; published after it has written the same tokens as the model.
             rtol: largest difference from the original as a share of its largest output; None: by its type.
+            dtype: of weights and activations; None keeps the model's own.
+            int8: hold the weights of matmuls in 8 bits, by ONNX Runtime's own quantizer and for it alone.
+            holdout: data that what the file loses to this model is measured on; needed for ``int8``.
 
         Raises:
-            ConfigError: the model's own class is not known, which the past is a matter of.
+            ConfigError: the model's own class is not known, which the past and ``dtype`` are a matter of; or
+                there is nothing to measure 8 bits on.
             ExportError, VerificationError: it cannot be exported, or does something else.
         """
+        if int8 and holdout is None:
+            raise ConfigError("what 8 bits lose has to be measured", where="int8", fix="pass holdout=")
+        if dtype not in (None, "float16"):
+            what = f"exports of {dtype} cannot be checked: ONNX Runtime's CPU kernels do not multiply it"
+            raise ConfigError(what, where="dtype", fix="use float16, or leave it out")
+        variant = Variant(int8, None if holdout is None else self._measure_on(holdout))
+        if not (with_past or dtype):
+            return to_onnx(self.program, Path(path), rtol=rtol, variant=variant)
+        module = self.to_module().cpu().eval().to(None if dtype is None else getattr(torch, dtype))
         if not with_past:
-            return to_onnx(self.program, Path(path), rtol=rtol)
-        module = self.to_module().cpu().eval()
+            program = trace(module, _in_type(self.program.example, module))
+            return to_onnx(program, Path(path), rtol=rtol, variant=variant)
         config = {} if self.config is None else {"config.json": json.dumps(dict(self.config)).encode()}
         beside = {**self.files, **config}
         tokenizer = tokenizer_of(self.files)
-        return to_onnx_decoder(module, path, tokenizer=tokenizer, beside=beside, rtol=rtol)
+        return to_onnx_decoder(module, path, tokenizer=tokenizer, beside=beside, rtol=rtol, variant=variant)
+
+    def _measure_on(self, holdout: Any) -> Measure:
+        """What an exported file loses to this model on ``holdout``."""
+        names, longest = self.program.input_names, longest_sequence(self.config)
+        held = batches_of(holdout, tokenizer_of(self.files), names, "held-out data", longest)
+        objective = choose_objective(self.program, held[0], None)
+        return lambda file: verify(self.program, OnnxModel(file), held, objective)
 
     def to_pt2(
         self,
@@ -271,6 +301,7 @@ class OptimizedModel:
         lower: Literal["standard", "custom"] = "standard",
         target: Target | None = None,
         rtol: float | None = None,
+        compiled: bool = False,
     ) -> Pt2Report:
         """Export the graph with `torch.export`, checked in a process of its own before it is published.
 
@@ -280,6 +311,7 @@ class OptimizedModel:
                 of `fused`, for whoever imports ``geofx.ops`` first.
             target: whose prices say which; for ``"custom"``.
             rtol: largest difference from the original as a share of its largest output; None: by its type.
+            compiled: write machine code for this kind of computer, by AOTInductor; it needs a C++ compiler.
 
         Raises:
             ConfigError: ``lower`` is unknown, or lacks its target.
@@ -288,7 +320,12 @@ class OptimizedModel:
         if lower not in ("standard", "custom") or (lower == "custom") != (target is not None):
             fix = "use lower='standard', or lower='custom' with a target"
             raise ConfigError(f"lower={lower!r} with target={target}", fix=fix)
-        return to_pt2(self.program if target is None else self.fused(target).on_cpu(), path, rtol=rtol)
+        return to_pt2(
+            self.program if target is None else self.fused(target).on_cpu(),
+            path,
+            rtol=rtol,
+            compiled=compiled,
+        )
 
     def to_torchscript(self, path: str | Path, *, rtol: float | None = None) -> TorchScriptReport:
         """Trace `to_module` to TorchScript (legacy), checked in a process without geofx.
@@ -352,3 +389,12 @@ def _with_parameters(result: OptimizedModel, student: nn.Module) -> OptimizedMod
         for region, factored in result.rewrites.items()
     }
     return replace(result, program=program, rewrites=rewrites)
+
+
+def _in_type(example: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """``example`` with its floating-point tensors of the module's type."""
+    dtype = next(parameter.dtype for parameter in module.parameters())
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in example.items()
+    }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,9 +98,21 @@ class Reference:
         return self._outputs(batch)
 
 
+class Runnable(Protocol):
+    """What is measured: a `geofx.program.Program`, or something that runs like one."""
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """The outputs."""
+        ...
+
+    def buffers_kept(self) -> AbstractContextManager[None]:
+        """What runs within leaves no trace."""
+        ...
+
+
 def verify(
     original: Program | Reference,
-    optimized: Program,
+    optimized: Runnable,
     batches: Iterable[Batch],
     objective: Objective,
     parameter_mae: float = 0.0,

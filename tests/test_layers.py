@@ -18,7 +18,7 @@ FOLDERS = {
 LAYERS = (
     "geofx.__init__ geofx.__main__ geofx.cli geofx.cli_console geofx.cli_options geofx.cli_optimize "
     "geofx.cli_results geofx.cli_analysis geofx.cli_compare geofx.cli_frontier geofx.cli_original "
-    "geofx.cli_recover geofx.cli_bench geofx.cli_generate geofx.cli_taxonomy geofx.taxonomy "
+    "geofx.cli_recover geofx.cli_bench geofx.cli_export geofx.cli_generate geofx.cli_taxonomy geofx.taxonomy "
     "geofx.demo geofx.doctor",
     "geofx.api geofx.restore geofx.compare geofx.optimization geofx.latency_budget geofx.runtime "
     "geofx.decoder_bench",

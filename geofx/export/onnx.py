@@ -16,13 +16,16 @@ from geofx.export.cases import make_cases, require_equal, shortened
 from geofx.export.onnx_file import OnnxReport, published
 from geofx.export.onnx_graph import require_exportable
 from geofx.export.onnx_runtime import OnnxRunner, require_onnx
+from geofx.export.onnx_variants import Variant
 from geofx.export.staging import target_file
 from geofx.program import Program, flat_tensors
 
 logger = logging.getLogger(__name__)
 
 
-def to_onnx(program: Program, path: str | Path, *, rtol: float | None = None) -> OnnxReport:
+def to_onnx(
+    program: Program, path: str | Path, *, rtol: float | None = None, variant: Variant | None = None
+) -> OnnxReport:
     """Publish ``program`` as ``path`` (``.onnx``) plus ``<name>.<hash>.data`` beside it.
 
     Outputs may differ from the program's by ``rtol`` times the largest output (None: by the output's
@@ -39,7 +42,9 @@ def to_onnx(program: Program, path: str | Path, *, rtol: float | None = None) ->
     require_exportable(program)
     example = shortened(partial(_outputs, program), program.example, program.dynamic_shapes)
     program = replace(program, example=example)
-    return published(program, target, lambda file: _require_same(program, file, rtol), start)
+    return published(
+        program, target, lambda file: _require_same(program, file, rtol), start, variant or Variant()
+    )
 
 
 def _outputs(program: Program, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:

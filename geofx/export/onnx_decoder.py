@@ -23,6 +23,7 @@ from geofx.export.genai import genai_config
 from geofx.export.onnx_file import OnnxReport, data_files, published
 from geofx.export.onnx_graph import require_exportable
 from geofx.export.onnx_runtime import require_onnx
+from geofx.export.onnx_variants import Variant
 from geofx.export.staging import target_file
 from geofx.generated_text import generating_by
 from geofx.trace import evaluating
@@ -43,6 +44,7 @@ def to_onnx_decoder(
     tokenizer: Any = None,
     beside: Mapping[str, bytes] | None = None,
     rtol: float | None = None,
+    variant: Variant | None = None,
 ) -> OnnxReport:
     """Publish a decoder as one graph for prompts and single tokens, with what runtimes look for beside it.
 
@@ -58,6 +60,7 @@ def to_onnx_decoder(
         tokenizer: of the prompts that are written on; without one they are of tokens by chance.
         beside: further files for the folder, such as ``config.json`` and the tokenizer's.
         rtol: largest difference of logits as a share of the largest; None: by their type.
+        variant: what becomes of the file that was checked.
 
     Raises:
         MissingDependencyError: the ``onnx`` extra is not installed.
@@ -79,7 +82,7 @@ def to_onnx_decoder(
         together = require_same_tokens(model, file, prompts, rtol)
         return together | require_same_tokens(model, file, [prompts[0][:1]], rtol)
 
-    return published(program, target, check, start, files)
+    return published(program, target, check, start, variant or Variant(), files)
 
 
 def require_same_tokens(

@@ -14,8 +14,10 @@ from geofx.errors import ExportError, VerificationError
 from geofx.export.cases import Compared
 from geofx.export.onnx_graph import to_onnx_model
 from geofx.export.onnx_runtime import optimized_weight_bytes
+from geofx.export.onnx_variants import Variant, in_8_bits
 from geofx.export.staging import staging
 from geofx.program import Program
+from geofx.verify import Fidelity
 
 MAX_GROWTH = 1.05
 """Most that ONNX Runtime's optimized graph may weigh, relative to the plan; more means folded factors."""
@@ -33,6 +35,7 @@ class OnnxReport(Compared):
         size_bytes: on disk, external data included.
         planned_bytes: tensors that the program reads.
         optimized_bytes: weights in the graph that ONNX Runtime has optimized.
+        fidelity: how far the file is from the optimized model, where that was measured.
         differences: largest difference from the program on valid positions, at each shape.
         seconds: wall-clock time of the whole export.
     """
@@ -42,6 +45,7 @@ class OnnxReport(Compared):
     planned_bytes: int
     optimized_bytes: int
     differences: Mapping[str, float]
+    fidelity: Fidelity | None
     seconds: float
 
 
@@ -50,6 +54,7 @@ def published(
     target: Path,
     check: Callable[[Path], Mapping[str, float]],
     start: float,
+    variant: Variant,
     beside: Mapping[str, bytes] | None = None,
 ) -> OnnxReport:
     """Write ``program`` aside, weigh it, and move it to ``target`` once ``check`` has nothing against it.
@@ -59,6 +64,7 @@ def published(
         target: the model file.
         check: the staged file -> its largest differences, by what was compared.
         start: when the export began, of `time.perf_counter`.
+        variant: what becomes of the file that was checked.
         beside: further files for the folder, by name; they are there before the model is.
 
     Raises:
@@ -71,12 +77,16 @@ def published(
         staged = _write(to_onnx_model(program), folder / target.name)
         optimized = _require_unfolded(staged[0], planned)
         differences = check(staged[0])
+        if variant.int8:
+            (folder / "int8").mkdir()
+            staged = _write(in_8_bits(staged[0]), folder / "int8" / target.name)
+        fidelity = None if variant.measure is None else variant.measure(staged[0])
         size = sum(file.stat().st_size for file in staged)
         others = [folder / name for name in beside or {}]
         for file, content in zip(others, (beside or {}).values(), strict=True):
             file.write_bytes(content)
         _publish([*others, *staged[1:]], staged[0], target)
-    return OnnxReport(target, size, planned, optimized, differences, time.perf_counter() - start)
+    return OnnxReport(target, size, planned, optimized, differences, fidelity, time.perf_counter() - start)
 
 
 def _write(model: Any, file: Path) -> list[Path]:

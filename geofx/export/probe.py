@@ -6,12 +6,14 @@ folder that holds geofx; without it geofx cannot be imported.
 
 import importlib
 import sys
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from safetensors.torch import load_file, save_file
 
 
@@ -38,7 +40,9 @@ def main(model: str, inputs: str, outputs: str, root: str | None = None) -> None
 
 
 def _exported(model: str) -> Any:
-    return torch.export.load(model).module()
+    with zipfile.ZipFile(model) as archive:
+        compiled = any(name.endswith(".so") for name in archive.namelist())
+    return torch._inductor.aoti_load_package(model) if compiled else torch.export.load(model).module()
 
 
 if __name__ == "__main__":

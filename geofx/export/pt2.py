@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from geofx.errors import ExportError
+from geofx.errors import ExportError, first_line
 from geofx.export.alone import run_alone
 from geofx.export.capture import captured
 from geofx.export.cases import Compared, make_cases, shortened
@@ -27,7 +29,8 @@ class Pt2Report(Compared):
     """What was published and how it was checked.
 
     Attributes:
-        path: the file; load it with ``torch.export.load(path).module()``, call it with positional inputs.
+        path: the file; load it with ``torch.export.load(path).module()``, or a compiled one with
+            ``torch._inductor.aoti_load_package(path)``, and call it with positional inputs.
         input_names: order of those inputs.
         size_bytes: on disk.
         operations: those of geofx that it holds; where there are some, ``import geofx.ops`` before loading.
@@ -43,7 +46,9 @@ class Pt2Report(Compared):
     seconds: float
 
 
-def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> Pt2Report:
+def to_pt2(
+    program: Program, path: str | Path, *, rtol: float | None = None, compiled: bool = False
+) -> Pt2Report:
     """Publish ``program`` as ``path`` (``.pt2``): inputs by position, tensors out.
 
     Operations of geofx stay what they are; a program without them opens where geofx is not installed.
@@ -52,9 +57,10 @@ def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> 
         program: a rewritten graph, fused or not.
         path: where to publish.
         rtol: largest difference as a share of the largest output; None: by the output's type.
+        compiled: by AOTInductor, for ``torch._inductor.aoti_load_package``, here and on computers like this.
 
     Raises:
-        ExportError: the program cannot be captured.
+        ExportError: the program cannot be captured, or does not compile.
         VerificationError: the file does not do what the program does; nothing is published.
     """
     start, target = time.perf_counter(), target_file(path, ".pt2")
@@ -70,11 +76,8 @@ def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> 
 
     with staging(target, 2 * program.size_bytes()) as folder:
         exported = captured(program)
-        exported._example_inputs = None  # torch would store them in a pickle
         staged = folder / target.name
-        buffer = io.BytesIO()  # to a path, torch aborts the process when the disk is full
-        torch.export.save(exported, buffer)
-        staged.write_bytes(buffer.getbuffer())
+        (_compile if compiled else _save)(exported, staged)
         axes = program.dynamic_shapes
         cases = list(make_cases(run, shortened(run, program.example, axes), axes))
         differences = run_alone(staged, cases, rtol, with_geofx=bool(operations))
@@ -83,6 +86,22 @@ def to_pt2(program: Program, path: str | Path, *, rtol: float | None = None) -> 
     logger.info("%s: largest difference %.2g", target.name, max(differences.values()))
     seconds = time.perf_counter() - start
     return Pt2Report(target, program.input_names, size, tuple(operations), differences, seconds)
+
+
+def _save(exported: ExportedProgram, file: Path) -> None:
+    exported._example_inputs = None  # torch would store them in a pickle
+    buffer = io.BytesIO()  # to a path, torch aborts the process when the disk is full
+    torch.export.save(exported, buffer)
+    file.write_bytes(buffer.getbuffer())
+
+
+def _compile(exported: ExportedProgram, file: Path) -> None:
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
+    except Exception as error:
+        what = f"AOTInductor does not compile the graph: {first_line(error)[:300]}"
+        raise ExportError(what, fix="install a C++ compiler, or export without compiling") from error
 
 
 def _is_fused(operation: object) -> bool:
