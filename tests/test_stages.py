@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from geofx.stages import Stages
+from geofx.stages import Stages, peak_memory_bytes
 
 
 def names(stages: Stages) -> list[str]:
@@ -37,3 +41,10 @@ def test_a_stage_that_fails_is_not_recorded_and_the_next_one_is() -> None:
     with stages("verify"):
         pass
     assert names(stages) == ["verify"]
+
+
+def test_the_peak_of_a_process_is_not_its_parents() -> None:
+    held = np.ones(400_000_000, np.uint8)
+    asked = "from geofx.stages import peak_memory_bytes; print(peak_memory_bytes())"
+    child = int(subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True).stdout)
+    assert 10_000_000 < child < peak_memory_bytes() - held.nbytes // 2
