@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geofx.errors import ConfigError
+from geofx.errors import ConfigError, NumericsError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sampling:
         seed: of what is drawn.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or not of its type.
     """
 
     temperature: float = 0.0
@@ -34,34 +35,43 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        limits = {
-            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "above 0"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        for name, (holds, wanted) in limits.items():
-            if not holds:
-                raise ConfigError(f"{name} {getattr(self, name)!r}", where="sampling", fix=f"give {wanted}")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            self._require(name, isinstance(getattr(self, name), Real), "a number")
+        for name in ("top_k", "seed"):
+            self._require(name, isinstance(getattr(self, name), Integral), "a whole number")
+        self._require("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
+        self._require("top_k", self.top_k >= 0, "0 or more")
+        self._require("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1")
+        self._require("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0")
+        self._require("seed", self.seed >= 0, "0 or more")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} {getattr(self, name)!r}", where="sampling", fix=f"give {wanted}")
 
     def pick(
         self, logits: NDArray[np.float32], seen: Sequence[Sequence[int]], random: np.random.Generator
     ) -> NDArray[np.int64]:
-        """One token per row of ``logits`` (rows, vocabulary); ``seen`` are those that the row holds."""
+        """One token per row of ``logits`` (rows, vocabulary); ``seen`` are those that the row holds.
+
+        Raises:
+            NumericsError: a row holds NaN or +inf, or no finite logit.
+        """
         scores = logits.astype(np.float64)
         if self.repetition_penalty != 1.0:
             for row, tokens in zip(scores, seen, strict=True):
                 known = np.unique(np.asarray(tokens, np.int64))
                 penalty = self.repetition_penalty
                 row[known] = np.where(row[known] < 0, row[known] * penalty, row[known] / penalty)
+        _require_likeliest(scores)
         if self.temperature == 0.0:
             return np.asarray(scores.argmax(1), np.int64)
         return np.array([random.choice(row.size, p=row) for row in self.probabilities(scores)], np.int64)
 
     def probabilities(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What tokens are drawn by, (rows, vocabulary)."""
-        scaled = scores / self.temperature
+        """What tokens are drawn by, (rows, vocabulary): softmax((s - max s) / T), cut."""
+        with np.errstate(over="ignore"):  # far below the likeliest is -inf
+            scaled = (scores - scores.max(1, keepdims=True)) / self.temperature
         if 0 < self.top_k < scaled.shape[1]:
             least = np.partition(scaled, -self.top_k, axis=1)[:, -self.top_k, None]
             scaled = np.where(scaled < least, -np.inf, scaled)
@@ -73,6 +83,14 @@ class Sampling:
             np.put_along_axis(shares, order, np.where(before < self.top_p, ranked, 0.0), 1)
         result: NDArray[np.float64] = shares / shares.sum(1, keepdims=True)
         return result
+
+
+def _require_likeliest(scores: NDArray[np.float64]) -> None:
+    """Raises NumericsError unless the largest of each row is finite; -inf stands for what cannot come."""
+    wrong = np.flatnonzero(~np.isfinite(scores.max(1)))
+    if wrong.size:
+        what = "logits hold NaN or +inf, or nothing but -inf"
+        raise NumericsError(what, where=f"row {wrong[0]}", fix="export the decoder again, in float32")
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from geofx.errors import ConfigError
+from geofx.errors import ConfigError, NumericsError
 from geofx.sampling import Sampling
 
 LOGITS = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).mul(2)
@@ -57,6 +57,28 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
     assert np.abs(counts - shares).max() < 4 * 0.5 / 4000**0.5
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324])
+def test_next_to_no_temperature_draws_the_likeliest(temperature: float) -> None:
+    shares = Sampling(temperature, top_k=5, top_p=0.9).probabilities(LOGITS.double().numpy())
+    np.testing.assert_array_equal(shares, np.eye(50)[LOGITS.argmax(1)])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
+def test_logits_have_a_likeliest(sampling: Sampling) -> None:
+    random = np.random.default_rng(0)
+    for wrong in (np.nan, np.inf):
+        logits = LOGITS.numpy().copy()
+        logits[1, 7] = wrong
+        with pytest.raises(NumericsError, match=r"NaN or \+inf.*row 1"):
+            sampling.pick(logits, SEEN, random)
+    with pytest.raises(NumericsError, match="row 0"):
+        sampling.pick(np.full((1, 4), -np.inf, np.float32), [[]], random)
+    masked = np.full((1, 50), -np.inf, np.float32)
+    masked[0, 9] = 1.0
+    assert sampling.pick(masked, [[]], random).tolist() == [9]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -67,8 +89,14 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
         ("top_p", 1.1),
         ("repetition_penalty", 0.0),
         ("seed", -1),
+        ("temperature", "hot"),
+        ("top_k", 2.5),
+        ("top_k", "5"),
+        ("top_p", None),
+        ("repetition_penalty", "2"),
+        ("seed", 0.5),
     ],
 )
-def test_settings_out_of_range(name: str, value: float) -> None:
+def test_settings_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*sampling"):
         Sampling(**{name: value})
