@@ -21,7 +21,7 @@ LAYERS = (
     "geofx.cli_recover geofx.cli_bench geofx.cli_export geofx.cli_generate geofx.cli_taxonomy geofx.taxonomy "
     "geofx.demo geofx.doctor",
     "geofx.api geofx.restore geofx.compare geofx.optimization geofx.latency_budget geofx.runtime "
-    "geofx.decoder_bench",
+    "geofx.decoder_bench geofx.exported_decoder",
     "geofx.analysis",
     "geofx.clock",
     "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
