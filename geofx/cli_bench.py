@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from rich.table import Table
 
 from geofx import cli_options as options
+from geofx.batches import longest_sequence
 from geofx.bench_inputs import bench_inputs
 from geofx.cli_console import show, show_json, working
 from geofx.cli_original import original_of
@@ -21,6 +23,7 @@ from geofx.errors import ConfigError
 from geofx.export.genai import FILE as GENAI
 from geofx.export.onnx_decoder import to_onnx_decoder
 from geofx.export.onnx_runtime import OnnxRunner
+from geofx.exported_decoder import require_room
 from geofx.folder import MANIFEST
 from geofx.latency import interleaved_medians
 from geofx.progress import Progress
@@ -42,7 +45,9 @@ def bench(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows of a call; by default 1.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; by default 128.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that a decoder writes.")] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens that a decoder writes; by default 64.")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Calls of each; by default 7, decoders 10.")
     ] = None,
@@ -55,10 +60,20 @@ def bench(
     if against is not None:
         if original is not None or onnx is not None:
             raise ConfigError("--against is without --original and --onnx", fix="give BASE alone")
-        wanted = Load(batch or 1, length or 128, new_tokens)
+        wanted = Load(batch or 1, length or 128, new_tokens or 64)
         _bench_decoders(saved, against, wanted, rounds or 10, as_json)
     else:
+        _require_no_decoder(Path(saved), new_tokens)
         _bench_calls(Path(saved), original, onnx, (batch, length), rounds or 7, as_json)
+
+
+def _require_no_decoder(saved: Path, new_tokens: int | None) -> None:
+    """Raises ConfigError where what is wanted takes --against."""
+    if (saved.expanduser() / GENAI).is_file():
+        fix = "give --against BASE: the folder of another one, or the original MODEL"
+        raise ConfigError("an exported decoder is timed beside another one", where=saved.name, fix=fix)
+    if new_tokens is not None:
+        raise ConfigError("--new-tokens is of decoders", fix="give --against BASE, or leave it out")
 
 
 def _bench_calls(
@@ -95,7 +110,7 @@ def _bench_calls(
 def _bench_decoders(saved: str, against: str, wanted: Load, rounds: int, as_json: bool) -> None:
     with working() as progress, tempfile.TemporaryDirectory() as scratch:
         folders = {
-            name: _exported(given, Path(scratch) / name, progress)
+            name: _exported(given, Path(scratch) / name, wanted, progress)
             for name, given in (("base", against), ("optimized", saved))
         }
         found = bench_decoders(folders, wanted, rounds=rounds, progress=progress)
@@ -107,19 +122,29 @@ def _bench_decoders(saved: str, against: str, wanted: Load, rounds: int, as_json
     show(_table(found, rounds), f"ONNX Runtime, {said}; medians and quartiles, ratios turn by turn")
 
 
-def _exported(given: str, scratch: Path, progress: Progress) -> Path:
+def _exported(given: str, scratch: Path, wanted: Load, progress: Progress) -> Path:
     """The folder of an exported decoder: ``given`` or, made of it, ``scratch``."""
     folder = Path(given).expanduser()
     if (folder / GENAI).is_file():
         return folder
+    longest, export = _export_of(given)
+    if longest is not None:
+        require_room(longest, wanted.prompt_tokens, wanted.new_tokens)
     scratch.mkdir()
     progress(f"export {folder.name}", 0, 1)
-    if (folder / MANIFEST).is_file():
-        load(folder).to_onnx(scratch / "model.onnx", with_past=True)
-    else:
-        to_onnx_decoder(load_source(given).model, scratch / "model.onnx")
+    export(scratch / "model.onnx")
     progress(f"export {folder.name}", 1, 1)
     return scratch
+
+
+def _export_of(given: str) -> tuple[int | None, Callable[[Path], object]]:
+    """How much a saved result or a model reads, where that is known, and its export."""
+    folder = Path(given).expanduser()
+    if (folder / MANIFEST).is_file():
+        result = load(folder)
+        return longest_sequence(result.config), functools.partial(result.to_onnx, with_past=True)
+    source = load_source(given)
+    return source.max_positions, functools.partial(to_onnx_decoder, source.model)
 
 
 def _table(found: Mapping[str, DecoderFigures], rounds: int) -> Table:

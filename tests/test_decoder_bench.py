@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from exported_tiny import export_tiny
+from tiny_models import build
 
-from geofx import decoder_bench
+from geofx import cli_bench, decoder_bench
+from geofx.cli import main
 from geofx.decoder_bench import Load, Spread, bench_decoders
 from geofx.errors import ConfigError, ExportError
 from geofx.export.decoder_session import DecoderSession
+from geofx.sources import Source
 
 SMALL = Load(rows=1, prompt_tokens=8, new_tokens=3)
 
@@ -89,3 +92,21 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
         bench_decoders({"one": folder}, SMALL, threads=-1)
     with pytest.raises(ConfigError, match=r"decoders 0 .*give 1 or more"):
         bench_decoders({}, SMALL)
+
+
+def test_a_length_beyond_the_positions_is_refused_before_an_export(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = build("gpt2")
+    source = Source(model, None, "gpt2", model.config.to_dict())
+    monkeypatch.setattr(cli_bench, "load_source", lambda name: source)
+    monkeypatch.setattr(cli_bench, "to_onnx_decoder", unasked)
+    assert main(["bench", str(folder), "--against", "any", "--length", "40", "--new-tokens", "25"]) == 2
+    assert "40 tokens of a prompt and 25 to write\nfix: give 64 together" in capsys.readouterr().err
+
+
+def test_options_of_decoders_are_with_another_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(folder)]) == 2
+    assert f"where: {folder.name}\nfix: give --against BASE" in capsys.readouterr().err
+    assert main(["bench", str(folder.parent), "--new-tokens", "9"]) == 2
+    assert "--new-tokens is of decoders\nfix: give --against BASE" in capsys.readouterr().err
