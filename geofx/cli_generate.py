@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,12 @@ import typer
 
 from geofx import cli_options as options
 from geofx.cli_console import show_json, stderr_console, working
-from geofx.report_rows import plain
+from geofx.errors import ConfigError
 from geofx.runtime import Generator, Speed
 from geofx.sampling import Sampling
+
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Embeddings, overrides and isolates of direction, which can make text read as something else."""
 
 
 def generate(
@@ -38,7 +42,7 @@ def generate(
 ) -> None:
     """Write on from a prompt in ONNX Runtime; the text goes to stdout as it comes."""
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    given = sys.stdin.read() if prompt == "-" else prompt
+    given = _from_stdin() if prompt == "-" else prompt
     with working():
         generator = Generator(folder, threads=threads)
     written = ""
@@ -55,9 +59,24 @@ def generate(
         stderr_console().print(_said(speed))
 
 
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not {error.encoding}"
+        raise ConfigError(what, where="stdin", fix="give text in this encoding") from error
+
+
 def _harmless(text: str) -> str:
-    """Lines and tabs stay; other control characters would drive a terminal."""
-    return "".join(part if part in "\n\t" else plain(part) for part in text)
+    """All letters, spaces and marks stay, and lines and tabs."""
+    return "".join("\ufffd" if _is_control(part) else part for part in text)
+
+
+def _is_control(character: str) -> bool:
+    """Whether it would drive a terminal, or turn what stands around it."""
+    if character in BIDI_CONTROLS:
+        return True
+    return unicodedata.category(character) == "Cc" and character not in "\n\t"
 
 
 def _said(speed: Speed) -> str:
