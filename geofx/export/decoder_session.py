@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ class DecoderSession:
         self._known: dict[str, Any] = {}
         self._mask: NDArray[np.int64] = np.zeros((0, 0), np.int64)
 
+    def fresh(self) -> DecoderSession:
+        """One that has read nothing, of the same loaded file: texts of both go on side by side."""
+        other = copy.copy(self)
+        other._known, other._mask = {}, np.zeros((0, 0), np.int64)
+        return other
+
     @property
     def tokens(self) -> int:
         """Tokens of a row that were read, padding included."""
@@ -69,7 +76,14 @@ class DecoderSession:
         return self._read(ids, mask)
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read one more token of each row, (rows,); logits (rows, vocabulary) of what follows."""
+        """Read one more token of each row, (rows,); logits (rows, vocabulary) of what follows.
+
+        Raises:
+            ConfigError: nothing was started, or other rows than these.
+        """
+        if not self.tokens or ids.shape != (len(self._mask),):
+            what = f"tokens of shape {ids.shape} to go on with, where {len(self._mask)} rows were started"
+            raise ConfigError(what, fix="start with prompts, then give one token of each row, (rows,)")
         return self._read(ids[:, None], np.ones((len(ids), 1), np.int64))
 
     def _read(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -100,7 +114,8 @@ class DecoderSession:
 
 def positions_of(mask: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
     """Of the last ``tokens`` of each row, counted from its first that is not masked."""
-    return np.maximum(mask.cumsum(1) - 1, 0)[:, mask.shape[1] - tokens :]
+    positions: NDArray[np.int64] = np.maximum(mask.cumsum(1) - 1, 0)[:, mask.shape[1] - tokens :]
+    return positions
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
