@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geofx.errors import ArtifactCorruptError, ArtifactError, ConfigError
+from geofx.errors import ConfigError
 from geofx.export.decoder_session import DecoderSession, left_padded
-from geofx.export.genai import FILE
+from geofx.exported_decoder import ExportedDecoder
 from geofx.sampling import Sampling
 from geofx.sources import load_tokenizer
-from geofx.strict_json import loads
 
 GREEDY = Sampling()
 UNFINISHED = "\ufffd"
@@ -53,13 +52,17 @@ class Speed:
 class Generator:
     """The decoder that ``geofx export OUT --onnx FOLDER/model.onnx --with-past`` wrote, and its tokenizer.
 
+    Texts may be written side by side: each call of `stream` or `tokens` keeps what it has read to itself.
+
     Args:
         folder: of the export.
         threads: threads per operator; 0 leaves the choice to ONNX Runtime.
         tokenizer: in place of the folder's.
 
     Attributes:
-        speed: of the last call, once its last token was taken.
+        decoder: what the folder says of it.
+        session: the loaded file.
+        speed: of the last call that has come to its end.
 
     Raises:
         ArtifactError: it is not the folder of such an export.
@@ -68,26 +71,15 @@ class Generator:
 
     def __init__(self, folder: str | Path, *, threads: int = 0, tokenizer: Any = None) -> None:
         place = Path(folder).expanduser()
-        if not (place / FILE).is_file():
-            fix = "make it with geofx export OUT --onnx FOLDER/model.onnx --with-past"
-            raise ArtifactError("not the folder of an exported decoder", where=place.name, fix=fix)
+        self.decoder = ExportedDecoder.of(place)
         self.tokenizer: Any = load_tokenizer(place) if tokenizer is None else tokenizer
+        self.session = DecoderSession(self.decoder.file, threads=threads)
         self.speed: Speed | None = None
-        try:
-            settings = loads((place / FILE).read_bytes(), FILE)["model"]
-            name = settings["decoder"]["filename"]
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is no file beside it")
-            self.file = place / name
-            self.session = DecoderSession(self.file, threads=threads)
-            ends = settings.get("eos_token_id")
-            self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-            self.longest, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            fix = "export it again"
-            raise ArtifactCorruptError(
-                f"it says nothing of the decoder: {error}", where=FILE, fix=fix
-            ) from error
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the ONNX file and its data."""
+        return self.decoder.size_bytes
 
     def stream(
         self, prompt: str, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY, chat: bool = False
@@ -97,17 +89,11 @@ class Generator:
         ``chat`` sets it into the template that the tokenizer has for what a user says.
 
         Raises:
-            ConfigError: there is no tokenizer or no template, or the prompt is empty or too long.
+            ConfigError: there is no tokenizer or no template, or the prompt is no text, empty or too long.
+            NumericsError: the decoder gives no finite logits.
         """
-        written: list[int] = []
-        shown = ""
-        for (token,) in self.tokens([self.ids_of(prompt, chat)], max_new_tokens, sampling):
-            written.append(int(token))
-            text = self._text(written)
-            if text.startswith(shown) and not text.endswith(UNFINISHED):
-                yield text[len(shown) :]
-                shown = text
-        yield self._text(written)[len(shown) :]
+        steps = self.tokens([self.ids_of(prompt, chat)], max_new_tokens, sampling)
+        return text_pieces(self._decode, (int(token) for (token,) in steps))
 
     def generate(
         self,
@@ -118,9 +104,11 @@ class Generator:
         chat: bool = False,
     ) -> list[str]:
         """What follows each of ``prompts``, which are written on together; as `stream`."""
+        if isinstance(prompts, str):
+            raise ConfigError("prompts are one text", where="generate", fix="give a list of texts")
         rows = [self.ids_of(prompt, chat) for prompt in prompts]
         steps = list(self.tokens(rows, max_new_tokens, sampling))
-        return [self._text([int(step[row]) for step in steps]) for row in range(len(rows))]
+        return ["".join(text_pieces(self._decode, column)) for column in np.stack(steps, 1).tolist()]
 
     def tokens(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
@@ -128,56 +116,94 @@ class Generator:
         """One token of each row at a time, (rows,), until all rows have ended; -1 where one has.
 
         Raises:
-            ConfigError: a prompt is empty, or longer than the model reads.
+            ConfigError: a prompt is empty, not of ids of the vocabulary, or longer than the model reads.
+            NumericsError: the decoder gives no finite logits.
         """
-        if not prompts or not all(prompts) or max_new_tokens < 1:
-            what = f"prompts of {[len(row) for row in prompts]} tokens, {max_new_tokens} to write"
+        given = self.decoder.rows_of(prompts)
+        if not given or not all(given) or max_new_tokens < 1:
+            what = f"prompts of {[len(row) for row in given]} tokens, {max_new_tokens} to write"
             raise ConfigError(what, fix="give 1 or more of each")
-        longest = max(map(len, prompts))
-        self.require_room(longest, 1)
+        longest, prompt_tokens = max(map(len, given)), sum(map(len, given))
+        self.decoder.require_room(longest, 1)
+        session, rows = self.session.fresh(), _Rows(given, self.decoder.ends, sampling)
         start = time.perf_counter()
-        rows = _Rows([list(row) for row in prompts], self.ends, sampling)
-        yield rows.add(self.session.start(*left_padded(prompts)))
-        first_s, later = time.perf_counter() - start, 0
-        for _ in range(min(max_new_tokens, self.longest - longest) - 1):
+        token = rows.add(session.start(*left_padded(given)))
+        first_s, later, later_s = time.perf_counter() - start, 0, 0.0
+        yield token
+        for _ in range(min(max_new_tokens, self.decoder.longest - longest) - 1):
             if rows.ended.all():
                 break
             later += int((~rows.ended).sum())
-            yield rows.add(self.session.step(rows.last))
-        later_s = time.perf_counter() - start - first_s
-        self.speed = Speed(sum(map(len, prompts)), first_s, later, later_s)
-
-    def require_room(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Raises ConfigError where these are more than the model reads."""
-        if prompt_tokens + new_tokens > self.longest:
-            what = f"{prompt_tokens} tokens of a prompt and {new_tokens} to write"
-            raise ConfigError(what, fix=f"give {self.longest} together at most")
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the ONNX file and its data."""
-        data = self.file.parent.glob(f"{self.file.name}.*.data")
-        return sum(path.stat().st_size for path in (self.file, *data))
+            start = time.perf_counter()
+            token = rows.add(session.step(rows.last))
+            later_s += time.perf_counter() - start
+            yield token
+        self.speed = Speed(prompt_tokens, first_s, later, later_s)
 
     def ids_of(self, prompt: str, chat: bool = False) -> list[int]:
         """The tokens of a prompt.
 
         Raises:
-            ConfigError: there is no tokenizer, or it has no template for what a user says.
+            ConfigError: it is no text, there is no tokenizer, or its template for what a user says is
+                missing or fails.
         """
         if self.tokenizer is None:
             raise ConfigError("no tokenizer lies beside the export", fix="pass tokenizer=")
+        _require_text(prompt)
         if not chat:
             return list(self.tokenizer(prompt)["input_ids"])
+        return list(self.tokenizer(self._in_template(prompt), add_special_tokens=False)["input_ids"])
+
+    def _in_template(self, prompt: str) -> str:
+        """What the tokenizer's template makes of ``prompt``, said by a user."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError("the tokenizer has no chat template", fix="leave chat out")
         said = [{"role": "user", "content": prompt}]
-        made = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(made, add_special_tokens=False)["input_ids"])
+        try:
+            return str(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is a program that came with the model
+            what = f"the chat template raised {type(error).__name__}: {str(error)[:300]}"
+            raise ConfigError(what, where="tokenizer", fix="leave chat out, or mend the template") from error
 
-    def _text(self, ids: Sequence[int]) -> str:
-        known = [token for token in ids if token >= 0]
-        return str(self.tokenizer.decode(known, skip_special_tokens=True))
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; spaces are not cleaned up, which would change text that has been given."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+def text_pieces(decode: Callable[[Sequence[int]], str], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of ``tokens`` in pieces that later tokens do not change; none is empty.
+
+    A piece is what its tokens add to those of the piece before it, on which spaces depend, and bytes. It
+    ends with a whole character, unless the tokens are at their end. Ids below 0 stand for nothing.
+    """
+    ids, known = list[int](), 0
+    for token in tokens:
+        if token < 0:
+            continue
+        ids.append(token)
+        if not decode(ids).endswith(UNFINISHED) and (piece := _added(decode, ids, known)):
+            ids, known = ids[known:], len(ids) - known
+            yield piece
+    if rest := _added(decode, ids, known):
+        yield rest
+
+
+def _added(decode: Callable[[Sequence[int]], str], ids: Sequence[int], known: int) -> str:
+    """What is text of ``ids`` beyond the first ``known`` of them."""
+    before, text = decode(ids[:known]), decode(ids)
+    return text[len(before) :] if text.startswith(before) else decode(ids[known:])
+
+
+def _require_text(prompt: str) -> None:
+    """Raises ConfigError where it is none that UTF-8 can hold."""
+    if not isinstance(prompt, str):
+        raise ConfigError(f"a prompt is {type(prompt).__name__}", where="prompt", fix="give text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start} is a lone surrogate"
+        raise ConfigError(what, where="prompt", fix="give text that UTF-8 can hold") from error
 
 
 class _Rows:

@@ -297,7 +297,7 @@ def test_what_is_written_does_not_drive_a_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a\x1b[31m\n\tb\r\x9b\u202e\u2066 \u3000\xa0\u200c\u200d\u200f\ufeff\ue000"
-    monkeypatch.setattr(Generator, "_text", lambda self, ids: text * len(ids))
+    monkeypatch.setattr(Generator, "_decode", lambda self, ids: text * len(ids))
     assert main(["generate", str(folder), "ab", "--tokens", "1"]) == 0
     shown = "a\ufffd[31m\n\tb\ufffd\ufffd\ufffd\ufffd \u3000\xa0\u200c\u200d\u200f\ufeff\ue000\n"
     assert capsys.readouterr().out == shown
@@ -336,6 +336,8 @@ def test_on_the_command_line(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
     assert main(["generate", str(folder), "-"]) == 2
     assert "byte 2 is not utf-8\nwhere: stdin\nfix: " in capsys.readouterr().err
+    assert main(["generate", str(folder), "ab\udcff"]) == 2
+    assert "character 2 is a lone surrogate\nwhere: prompt\nfix: " in capsys.readouterr().err
     assert main(["generate", str(saved), "ab"]) == 6
     assert main(["generate", str(folder), "ab", "--top-p", "2"]) == 2
 
