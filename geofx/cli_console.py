@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -164,10 +164,9 @@ class ProgressLines:
 
 
 @contextlib.contextmanager
-def working(quiet: bool = False) -> Iterator[ConsoleProgress]:
+def working() -> Iterator[ConsoleProgress]:
     """Work with progress shown; whatever writes to stdout meanwhile, in Python or in C, lands on stderr."""
-    console = Console(stderr=True, quiet=True) if quiet else stderr_console()
-    with _stdout_on_stderr(), ConsoleProgress(console) as progress:
+    with _stdout_on_stderr(), ConsoleProgress(stderr_console()) as progress:
         yield progress
 
 
@@ -211,13 +210,13 @@ def show_usage_error(message: str) -> None:
     _write_error(f"error: {_lines(message)}\nfix: see geofx --help, or geofx COMMAND --help")
 
 
-def set_up_streams(verbose: bool, stream: IO[str] | None = None) -> None:
+def set_up_streams(verbose: bool) -> None:
     """Send logs and warnings to stderr, and let no character stop a stream."""
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")
     logger = logging.getLogger("geofx")
-    logger.handlers[:] = [RichHandler(console=Console(file=stream, stderr=stream is None), show_path=False)]
+    logger.handlers[:] = [RichHandler(console=Console(stderr=True), show_path=False)]
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
     logger.propagate = False
     if not verbose:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geofx.bench_inputs import bench_inputs
 from geofx.cache import Cache
+from geofx.calls import ready, require_runtime
 from geofx.choice import Choice, Totals
 from geofx.cost_models import DEVICES, Measured, Roofline
 from geofx.errors import ConfigError
@@ -26,7 +27,6 @@ from geofx.plan import Plan
 from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.report import Timing
-from geofx.runtimes import ready, require_runtime
 from geofx.site import Skip
 from geofx.target import Target
 from geofx.workload import Workload, measure

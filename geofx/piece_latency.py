@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from geofx.cache import Cache
+from geofx.calls import exported, loaded, ready
 from geofx.digest import digest
 from geofx.environment import environment, processor
 from geofx.export.onnx_copies import with_copies
@@ -18,7 +19,6 @@ from geofx.latency import interleaved_medians
 from geofx.piece import Piece
 from geofx.program import Program, make_on
 from geofx.progress import Progress, log_progress
-from geofx.runtimes import exported, loaded, ready
 from geofx.target import Target
 from geofx.workload import measure
 

@@ -13,11 +13,8 @@ from geofx.report import Report
 from geofx.report_figures import heat_map_svg, spectra_svg, stages_svg
 from geofx.report_rows import (
     comparison,
-    in_bytes,
-    in_count,
     in_loss,
     in_percent,
-    in_seconds,
     plain,
     recovery_rows,
 )
@@ -29,14 +26,7 @@ HEADLINE = ("Bytes of weights", "Flops per token", "Perplexity, held-out")
 def report_html(report: Report) -> str:
     """The page; every name in it is escaped, and its policy lets nothing be fetched or run."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {
-        "bytes": in_bytes,
-        "count": in_count,
-        "loss": in_loss,
-        "percent": in_percent,
-        "seconds": in_seconds,
-        "plain": plain,
-    }
+    page.filters |= {"loss": in_loss, "percent": in_percent, "plain": plain}
     template = page.from_string(
         resources.files("geofx").joinpath("report.html.j2").read_text(encoding="utf-8")
     )

@@ -13,6 +13,7 @@ import geofx
 from geofx import Budget, Target
 from geofx.analysis import Analysis
 from geofx.cache import Cache
+from geofx.calls import exported, loaded, ready
 from geofx.clock import Clock
 from geofx.errors import BudgetInfeasibleError, ConfigError
 from geofx.export.onnx_copies import with_copies
@@ -22,7 +23,6 @@ from geofx.piece import Piece
 from geofx.piece_latency import PieceTimer, copies_of, repeated
 from geofx.region import Region
 from geofx.report_rows import comparison
-from geofx.runtimes import exported, loaded, ready
 from geofx.site import Site
 from geofx.workload import measure
 

@@ -32,7 +32,7 @@ LAYERS = (
     "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views "
     "geofx.block_figure",
-    "geofx.huggingface geofx.pretrained geofx.runtimes geofx.fusion geofx.result_checks",
+    "geofx.huggingface geofx.pretrained geofx.calls geofx.fusion geofx.result_checks",
     "geofx.verify geofx.export geofx.factorized_module geofx.compression geofx.parameter_space "
     "geofx.generated_text",
     "geofx.passes",
