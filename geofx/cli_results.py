@@ -17,6 +17,7 @@ from geofx.cli_console import show, show_json, working
 from geofx.cli_original import original_of
 from geofx.errors import CalibrationError
 from geofx.folder import check_files, write_file
+from geofx.graph_explorer import graph_model_explorer
 from geofx.graph_text import graph_diff, graph_dot
 from geofx.objective import choose_objective
 from geofx.report import Measured
@@ -36,11 +37,15 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML file.")
     ] = None,
-    graph: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the graph as networkx node-link JSON.")
-    ] = None,
     dot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the graph in the DOT language of Graphviz.")
+    ] = None,
+    model_explorer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the graph as JSON for Google's Model Explorer.")
+    ] = None,
+    node_link: Annotated[
+        Path | None,
+        typer.Option("--networkx", metavar="FILE", help="Write the graph as networkx node-link JSON."),
     ] = None,
     diff: Annotated[
         str | None,
@@ -50,7 +55,7 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Show the report and the plan of a saved result."""
-    check_files(html, graph, dot)
+    check_files(html, dot, model_explorer, node_link)
     with working():
         result = load(saved)
         changes = []
@@ -59,11 +64,13 @@ def inspect(
             changes = list(graph_diff(original, result.program))
         if html is not None:
             write_file(html, report_html(result.report))
-        if graph is not None:
-            nodes = networkx.node_link_data(result.program.to_networkx(), edges="edges")
-            write_file(graph, json.dumps(nodes, default=str))
         if dot is not None:
             write_file(dot, graph_dot(result.program))
+        if model_explorer is not None:
+            write_file(model_explorer, graph_model_explorer(result.program, result.report))
+        if node_link is not None:
+            nodes = networkx.node_link_data(result.program.to_networkx(), edges="edges")
+            write_file(node_link, json.dumps(nodes, default=str))
     if diff is not None and as_json:
         show_json({"diff": changes})
     elif diff is not None:

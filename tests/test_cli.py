@@ -113,7 +113,7 @@ def test_plan_edit_apply(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_inspect(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, graph = tmp_path / "r.html", tmp_path / "g.json"
-    assert main(["inspect", str(saved), "--json", "--html", str(page), "--graph", str(graph)]) == 0
+    assert main(["inspect", str(saved), "--json", "--html", str(page), "--networkx", str(graph)]) == 0
     shown = document(capsys)
     assert set(shown) == {"report", "plan"}
     assert "Original against optimized" in page.read_text()

@@ -80,7 +80,7 @@ PLACES = ["missing/file", "folder"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("command", ["optimize", "apply", "plan", "inspect --html", "inspect --graph"])
+@pytest.mark.parametrize("command", ["optimize", "apply", "plan", "inspect --html", "inspect --networkx"])
 def test_files_that_cannot_be_written_are_refused_before_work(
     command: str, place: str, functions: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -119,7 +119,7 @@ def test_what_a_command_cannot_do_is_said_before_work_and_in_its_own_words(
     refused(capsys, 2, "what geofx saved", "optimize", path, "-o", "new", *to_model)
     free = ["--size", "0.9", "--mode", "data_free"]
     refused(capsys, 2, "give --data", "optimize", model, "-o", "new", *free)
-    refused(capsys, 2, "one file", "inspect", path, "--html", "a.html", "--graph", "./a.html")
+    refused(capsys, 2, "one file", "inspect", path, "--html", "a.html", "--networkx", "./a.html")
     refused(capsys, 2, "give --original", "export", path, "--onnx", "a.onnx", "--torchscript", "a.pt")
     refused(capsys, 6, "does not exist", "export", path, "--onnx", "a.onnx", "--torchscript", "no/a.pt")
     assert not Path("a.onnx").exists()

@@ -27,7 +27,7 @@ LAYERS = (
     "geofx.analysis_store geofx.summary geofx.compare_run geofx.frontier_run",
     "geofx.model geofx.sources geofx.text geofx.gguf_header geofx.recovery geofx.training geofx.checkpoint",
     "geofx.report geofx.report_rows geofx.report_table geofx.report_figures geofx.report_html geofx.stages "
-    "geofx.artifact geofx.stand_in geofx.graph_json geofx.graph_tree geofx.graph_ops "
+    "geofx.artifact geofx.stand_in geofx.graph_json geofx.graph_tree geofx.graph_ops geofx.graph_explorer "
     "geofx.tensor_file geofx.bench_inputs geofx.comparison geofx.comparison_table geofx.comparison_figures "
     "geofx.cache geofx.compare_choice geofx.compare_fits geofx.compare_latency geofx.compare_prices "
     "geofx.compare_subjects geofx.piece_latency geofx.charts geofx.frontier geofx.frontier_views "
