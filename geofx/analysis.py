@@ -43,7 +43,7 @@ from geofx.program import Program
 from geofx.progress import Progress, log_progress
 from geofx.region import TABLES
 from geofx.region_analysis import RegionAnalysis
-from geofx.result_checks import EDITED, require_finite_output, require_planned
+from geofx.result_checks import EDITED, require_declared, require_finite_output, require_planned
 from geofx.site import Skip
 from geofx.sources import GENERATION
 from geofx.stages import Stages
@@ -240,6 +240,7 @@ class Analysis:
                 try:
                     fitted, factors = choice.factorization.fit(analysis.weights, analysis)
                     stored = _stored(factors, analysis)
+                    require_declared(fitted, analysis.region, stored)
                     rewrites[choice.region] = Factored(fitted, stored, analysis.region.weights)
                 except NumericsError as error:
                     failures[choice.region] = error

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from geofx.errors import ConfigError, PlanError
-from geofx.factorizations import FACTORIZATIONS, Factorization
+from geofx.factorizations import FACTORIZATIONS, Factorization, known_formats
 from geofx.patterns import nearest
 from geofx.region import Region, RegionKind
 from geofx.region_analysis import RegionAnalysis
@@ -124,20 +124,21 @@ def disjoint(analyses: Sequence[RegionAnalysis]) -> list[RegionAnalysis]:
 
 def formats_named(
     names: Iterable[str | type[Factorization]] | str | type[Factorization],
-    known: Iterable[type[Factorization]] = FACTORIZATIONS,
+    known: Iterable[type[Factorization]] | None = None,
 ) -> tuple[type[Factorization], ...]:
     """The formats given by name or by class, each once, in the order given; a single one stands for itself.
 
     Raises:
-        ConfigError: one is none of ``known``, or has settings: those are the planner's to choose.
+        ConfigError: one is none of ``known``, by default `known_formats`, or has settings: those are the
+            planner's to choose.
     """
-    members = {member.name: member for member in known}
+    members = {member.name: member for member in (known_formats() if known is None else known)}
     several: Iterable[Any] = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else names
     found: dict[type[Factorization], None] = {}
     for item in several:
         name = item.name if item in members.values() else item
         if not isinstance(name, str) or name not in members:
-            fix = f"the nearest are {nearest(str(name), members)}; give names, or the classes themselves"
+            fix = f"the nearest are {nearest(str(name), members)}; give names or classes, your own registered"
             raise ConfigError(f"no format {name!r}", fix=fix)
         found[members[name]] = None
     return tuple(found)

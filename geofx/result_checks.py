@@ -1,4 +1,4 @@
-"""What a result must be before anybody gets it: as small as planned, and finite."""
+"""What a result must be before anybody gets it: factors as declared, as small as planned, and finite."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import logging
 
 import torch
 
-from geofx.errors import NumericsError, VerificationError
+from geofx.errors import NumericsError, PlanError, VerificationError
+from geofx.factorizations import Factorization, Factors
+from geofx.piece import Piece
 from geofx.plan import Plan
 from geofx.program import Program, flat_tensors
+from geofx.region import Region
 
 logger = logging.getLogger(__name__)
 
 EDITED, CLOSEST = "edited", "closest"
 """Solver status of a plan that was changed by hand, and of the best one where none meets the budget."""
+
+
+def require_declared(form: Factorization, region: Region, factors: Factors) -> None:
+    """Raises PlanError unless ``factors`` are what ``form`` declares, on which its price rests."""
+    declared = {name: (*part.shape, part.dtype) for name, part in Piece.of(form, region).factors().items()}
+    found = {name: (*part.shape, part.dtype) for name, part in factors.items()}
+    for name in declared.keys() | found.keys():
+        if declared.get(name) != found.get(name):
+            raise PlanError(
+                f"{form.name} fitted {name!r} as {found.get(name)}, and declares {declared.get(name)}",
+                where=region.name,
+                fix="fit in the weight's dtype, and int32 for a name that begins with 'index'",
+            )
 
 
 def require_planned(program: Program, plan: Plan) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from geofx.errors import PlanError
+from geofx.errors import ConfigError, PlanError
 from geofx.factorizations.activation_subspace import ActivationSubspace as ActivationSubspace
 from geofx.factorizations.block_tensor_train import BlockTensorTrain as BlockTensorTrain
 from geofx.factorizations.block_term import BlockTerm as BlockTerm
@@ -59,6 +59,43 @@ FACTORIZATIONS: tuple[type[Factorization], ...] = (
     TokenMPS,
 )
 
+T = TypeVar("T", bound=Factorization)
+
+_REGISTERED: dict[str, type[Factorization]] = {}
+
+
+def register(member: type[T]) -> type[T]:
+    """Make a format of one's own known by name, to plans and to saved results; a class decorator.
+
+    It is planned with where it is named: ``analysis.plan(budget, formats=["low_rank", MyFormat])``. What
+    holds it is read only where it has been registered. A class of the same name takes the earlier one's
+    place.
+
+    Raises:
+        ConfigError: it is no frozen dataclass, lacks a part of `Factorization`, or has the name of one of
+            geofx's formats.
+    """
+    contract = (*Factorization.__annotations__, *vars(Factorization))
+    lacking = [name for name in contract if name[0] != "_" and not hasattr(member, name)]
+    if lacking:
+        fix = "define it; geofx.factorizations.Factorization says what it is"
+        raise ConfigError(f"the format lacks {', '.join(lacking)}", where=member.__qualname__, fix=fix)
+    settings = getattr(member, "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
+        fix = "put @dataclass(frozen=True) on it, below @register"
+        raise ConfigError("a format is a frozen dataclass", where=member.__qualname__, fix=fix)
+    if member.name in {known.name for known in FACTORIZATIONS}:
+        raise ConfigError(
+            f"geofx has a format {member.name!r}", where=member.__qualname__, fix="give it another name"
+        )
+    _REGISTERED[member.name] = member
+    return member
+
+
+def known_formats() -> tuple[type[Factorization], ...]:
+    """geofx's own formats, then those that were registered."""
+    return (*FACTORIZATIONS, *_REGISTERED.values())
+
 
 def to_json(factorization: Factorization) -> dict[str, Any]:
     """``{"name": "low_rank", "rank": 64, ...}``, nested where a setting is a format; see `from_json`."""
@@ -70,21 +107,20 @@ def to_json(factorization: Factorization) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any], where: str = "") -> Factorization:
-    """The format that ``data`` names, from this closed registry only; parts of a sum are no sums.
+    """The format that ``data`` names, of `known_formats` only; parts of a sum are no sums.
 
     Raises:
         PlanError: unknown name, or settings that the format does not have.
     """
-    return _read(data, where, FACTORIZATIONS)
+    return _read(data, where, known_formats())
 
 
 def _read(data: Any, where: str, formats: tuple[type[Factorization], ...]) -> Factorization:
     known = {member.name: member for member in formats}
     name = data.get("name") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in known:
-        raise PlanError(
-            f"unknown factorization {name!r}", where=where, fix=f"use one of {', '.join(sorted(known))}"
-        )
+        fix = f"use one of {', '.join(sorted(known))}, or register your own before it is read"
+        raise PlanError(f"unknown factorization {name!r}", where=where, fix=fix)
     settings = {key: value for key, value in data.items() if key != "name"}
     unknown = sorted(settings.keys() - {field.name for field in fields(known[name])})  # type: ignore[arg-type]
     if unknown:

@@ -41,7 +41,7 @@ class Factorization(Protocol):
         ...
 
     def factor_shapes(self, region: Region) -> dict[str, tuple[int, ...]]:
-        """Shape of each factor."""
+        """Shape of each factor: of the weight's dtype, or int32 where its name begins with ``index``."""
         ...
 
     def predicted_loss(self, region: Region, analysis: RegionAnalysis) -> float:
