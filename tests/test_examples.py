@@ -26,6 +26,43 @@ def test_a_module_and_a_loss_of_ones_own() -> None:
     assert after - before < 0.2
 
 
+def test_a_plan_changed_by_hand_is_what_is_applied() -> None:
+    """Fewer numbers, more predicted loss: whole, as planned, edited in Python, edited in the file."""
+    output = run(str(EXAMPLES / "edit_plan.py"))
+    counts = [int(count) for count in re.findall(r"(\d+) parameters", output)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 19845  # the model's own
+    assert counts[2] - counts[3] == 4 * (128 + 128)
+
+
+def test_a_format_of_ones_own_is_planned_fitted_and_saved() -> None:
+    output = run(str(EXAMPLES / "add_a_format.py"))
+    before, after = map(float, re.search(r"by few_inputs: loss ([\d.]+) -> ([\d.]+)", output).groups())
+    assert after - before < 0.2
+    assert "1 x few_inputs" in output
+
+
+def test_an_encoder_keeps_its_embeddings() -> None:
+    output = run(str(EXAMPLES / "compress_encoder.py"))
+    before, after = map(int, re.search(r"matmuls: (\d+) -> (\d+)", output).groups())
+    assert 0.69 < after / before <= 0.7
+    assert float(re.search(r"least ([\d.]+)", output)[1]) > 0.98
+
+
+def test_a_vision_transformer_keeps_its_logits() -> None:
+    output = run(str(EXAMPLES / "compress_vit.py"))
+    before, after = map(int, re.search(r"patch: (\d+) -> (\d+)", output).groups())
+    assert 0.69 < after / before <= 0.7
+    assert float(re.search(r"logits ([\d.]+)", output)[1]) < 0.25
+
+
+def test_a_served_decoder_writes_what_generate_writes() -> None:
+    output = run(str(EXAMPLES / "export_and_serve.py"))
+    before, after = map(int, re.search(r"weights: (\d+) bytes -> (\d+)", output).groups())
+    assert after < before
+    assert len(re.search(r"written: \[(.+)\]", output)[1].split(", ")) == 12
+
+
 def differences(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"differs? by ([\d.e+-]+)", output)]
 
