@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_nodes_stand_in_the_modules_of_the_weights(result: OptimizedModel) -> No
     for layer in "01":
         assert "aten.scaled_dot_product_attention" in labels(f"model/layers/{layer}/self_attn")
     assert nodes["input_ids"]["namespace"] == ""
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_layers_that_are_alike_are_nested_alike(name: str) -> None:
+    """Residuals come from another layer, before or after what is added to them."""
+    nodes = nodes_of(graph_model_explorer(geofx.trace(tiny_models.build(name), tiny_models.example(name))))
+    layers: dict[str, list[tuple[str, str]]] = {"0": [], "1": []}
+    for node in nodes.values():
+        if found := re.fullmatch(r".*/(?:layers|h)/(\d)/(attn|self_attn|mlp)(/.*)?", node["namespace"]):
+            layers[found[1]].append((found[2] + (found[3] or ""), node["label"]))
+    assert layers["0"] == layers["1"]
+    assert "aten.add.Tensor" in [label for _, label in layers["1"]]
 
 
 def test_a_rewrite_says_what_the_report_knows_of_it(result: OptimizedModel) -> None:
