@@ -377,14 +377,7 @@ def config_of(module: nn.Module | None) -> dict[str, Any] | None:
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return None
-    return {**_without_paths(config.to_dict()), "architectures": [type(module).__name__]}
-
-
-def _without_paths(config: Any) -> Any:
-    """``config`` without the folder that it was read from."""
-    if isinstance(config, Mapping):
-        return {key: _without_paths(value) for key, value in config.items() if key != "_name_or_path"}
-    return config
+    return {**config.to_dict(), "architectures": [type(module).__name__]}
 
 
 def _generation_of(module: nn.Module | None) -> dict[str, bytes]:

@@ -248,21 +248,26 @@ def load_analysis(
 
 
 def _traced(model: nn.Module | ExportedProgram, example: Any, progress: Progress) -> tuple[Program, Program]:
-    """The graph of a model, and the annotated clone that everything works on.
-
-    Raises:
-        CaptureError: it cannot be traced.
-        ConfigError: it multiplies by no constant weight that geofx could factorize.
-    """
+    """The graph of a model, and the clone that everything works on."""
     progress("trace", 0, 1)
     original = trace(model, example)
+    program = _canonical(original)
+    progress("trace", 1, 1)
+    return original, program
+
+
+def _canonical(original: Program) -> Program:
+    """The annotated clone that everything works on.
+
+    Raises:
+        ConfigError: it multiplies by no constant weight that geofx could factorize.
+    """
     program = original.clone()
     run_passes(program, [Canonicalize(), FindSites()])
     if not sites_of(program):
         reasons = "; ".join(f"{skip.weight}: {skip.reason}" for skip in find_sites(program)[1][:5])
         raise ConfigError(f"the model has no matmul to factorize ({reasons or 'no constant weights'})")
-    progress("trace", 1, 1)
-    return original, program
+    return program
 
 
 def _assemble(

@@ -174,7 +174,7 @@ def _documents(
         wrapped = {
             "model_type": "geofx",
             "architectures": ["GeofxProgram"],
-            "geofx_config": config,
+            "geofx_config": without_paths(config),
         }
         documents[CONFIG] = _dumps(wrapped, CONFIG)
     for name, text in documents.items():
@@ -187,6 +187,13 @@ def _dumps(value: Any, name: str) -> str:
         return strict_json.dumps(value)
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{name} cannot be written as JSON: {error}", where=name) from error
+
+
+def without_paths(config: Any) -> Any:
+    """``config`` without the folder that it was read from."""
+    if isinstance(config, Mapping):
+        return {key: without_paths(value) for key, value in config.items() if key != "_name_or_path"}
+    return config
 
 
 def _require_finite(program: Program, tensors: Mapping[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ from geofx.report import Report
 from geofx.sources import tokenizer_of
 from geofx.target import Target
 from geofx.text import batches_of
-from geofx.trace import constants_of, trace
+from geofx.trace import constants_of, in_type, trace
 from geofx.training import Training
 from geofx.verify import VALIDATION, Fidelity, verify
 
@@ -280,9 +280,13 @@ class OptimizedModel:
             return to_onnx(self.program, Path(path), rtol=rtol, variant=variant)
         module = self.to_module().cpu().eval().to(None if dtype is None else getattr(torch, dtype))
         if not with_past:
-            program = trace(module, _in_type(self.program.example, module))
+            program = trace(module, in_type(self.program.example, module))
             return to_onnx(program, Path(path), rtol=rtol, variant=variant)
-        config = {} if self.config is None else {"config.json": json.dumps(dict(self.config)).encode()}
+        config = (
+            {}
+            if self.config is None
+            else {"config.json": json.dumps(artifact.without_paths(self.config)).encode()}
+        )
         beside = {**self.files, **config}
         tokenizer = tokenizer_of(self.files)
         return to_onnx_decoder(module, path, tokenizer=tokenizer, beside=beside, rtol=rtol, variant=variant)
@@ -389,12 +393,3 @@ def _with_parameters(result: OptimizedModel, student: nn.Module) -> OptimizedMod
         for region, factored in result.rewrites.items()
     }
     return replace(result, program=program, rewrites=rewrites)
-
-
-def _in_type(example: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """``example`` with its floating-point tensors of the module's type."""
-    dtype = next(parameter.dtype for parameter in module.parameters())
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in example.items()
-    }

@@ -157,6 +157,15 @@ def _with_padding(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str
     return {**inputs, "attention_mask": mask}
 
 
+def in_type(example: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """``example`` with its floating-point tensors of the module's type."""
+    dtype = next(parameter.dtype for parameter in module.parameters())
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in example.items()
+    }
+
+
 def require_capturable(model: Any) -> None:
     """Raises CaptureError where ``model`` is none, has no data, or is not on the CPU."""
     if isinstance(model, torch.jit.ScriptModule):

@@ -36,7 +36,7 @@ def test_the_result_is_nearer_to_the_original_and_as_large(
 ) -> None:
     assert main([*RECOVER, *DATA, *TRAINING]) == 0
     captured = capsys.readouterr()
-    assert "Recovery: distance to the original's outputs" in captured.out
+    assert "Recovery: what was trained for" in captured.out
     assert "recover: done" in captured.err
     before, after = geofx.load(saved), geofx.load(folder / "new")
     history = after.report.recovery

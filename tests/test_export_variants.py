@@ -27,11 +27,14 @@ BUDGET = geofx.Budget(parameters=0.9, scope="factorizable")
 HELD = [example("llama", 4, 24, 9)]
 
 
+def optimized(name: str, **settings: Any) -> geofx.OptimizedModel:
+    analysis = geofx.analyze(build(name), [example(name, seed=seed) for seed in range(2)], **settings)
+    return analysis.apply(analysis.plan(BUDGET, formats=["low_rank"]))
+
+
 @pytest.fixture(scope="module")
 def result() -> geofx.OptimizedModel:
-    return geofx.optimize(
-        build("llama"), BUDGET, calibration=[example("llama", seed=seed) for seed in range(2)]
-    )
+    return optimized("llama")
 
 
 def operators(file: Path) -> set[str]:
@@ -80,7 +83,7 @@ def test_a_decoder_of_half_precision_writes(result: geofx.OptimizedModel, tmp_pa
 def test_the_measured_file_may_be_an_encoder_or_take_pixels(tmp_path: Path) -> None:
     for name in ("bert", "vit"):
         batches = [example(name, seed=seed) for seed in range(2)]
-        found = geofx.optimize(build(name), BUDGET, calibration=batches)
+        found = optimized(name)
         report = found.to_onnx(tmp_path / f"{name}.onnx", dtype="float16", holdout=batches)
         assert report.fidelity is not None
         assert 1e-6 < report.fidelity.relative_l2 < 0.02
@@ -104,7 +107,7 @@ def test_what_cannot_be_checked_is_refused_before_any_work(
 def test_a_compiled_archive_runs_without_geofx(tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("needs a C++ compiler")
-    found = geofx.optimize(build("mlp"), BUDGET, calibration=example("mlp"))
+    found = optimized("mlp")
     report = found.to_pt2(tmp_path / "m.pt2", compiled=True)
     assert report.max_difference < 1e-5
     inputs = example("mlp")
@@ -121,7 +124,7 @@ def test_what_does_not_compile_is_told_and_not_published(
         raise RuntimeError("no compiler\nmore")
 
     monkeypatch.setattr(pt2.torch._inductor, "aoti_compile_and_package", fail)
-    found = geofx.optimize(build("mlp"), BUDGET, calibration=example("mlp"))
+    found = optimized("mlp")
     with pytest.raises(ExportError, match=r"does not compile the graph: no compiler; install a C\+\+"):
         found.to_pt2(tmp_path / "m.pt2", compiled=True)
     assert not list(tmp_path.iterdir())
@@ -130,7 +133,7 @@ def test_what_does_not_compile_is_told_and_not_published(
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, file = tmp_path / "saved", str(tmp_path / "m.onnx")
     files = tokenizer_files(letters())
-    geofx.optimize(build("llama"), BUDGET, calibration=HELD * 2, files=files).save(saved)
+    optimized("llama", files=files).save(saved)
     given = ["export", str(saved), "--onnx", file]
     assert main([*given, "--int8"]) == 2
     assert "give --text FILE" in capsys.readouterr().err

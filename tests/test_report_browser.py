@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 def test_a_report_renders_alone(tmp_path: Path) -> None:
     budget = geofx.Budget(parameters=0.7, scope="factorizable")
-    batches = [example("llama", seed=seed) for seed in range(3)]
-    result = geofx.optimize(build("llama"), budget, calibration=batches)
+    analysis = geofx.analyze(build("llama"), [example("llama", seed=seed) for seed in range(3)])
+    result = analysis.apply(analysis.plan(budget, formats=["gauge_fixed"]))
+    frontier = analysis.frontier(shares=[0.9, 0.7], formats=["gauge_fixed"])
+    result = replace(result, report=replace(result.report, frontier=frontier))
     page, picture = tmp_path / "report.html", tmp_path / "report.png"
     page.write_text(report_html(result.report), encoding="utf-8")
     command = [sys.executable, str(BROWSER), str(page), str(picture)]
