@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from geofx import screening
+from geofx import optimization, screening
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start: more threads than cores wait for one another
 
 TRIED = screening.TRIED
 screening.TRIED = ()
+optimization.REPORTED = (0.8,)
 
 FUNCTIONS = """
 import torch

@@ -46,7 +46,7 @@ def test_row_132_any_terminal(settings: dict[str, str]) -> None:
 
 
 def test_what_libraries_print_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    with working(quiet=True):
+    with working():
         print("from Python")
         os.write(1, b"from C\n")
     show("[red]result[/red]")

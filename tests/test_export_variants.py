@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,6 @@ import geofx
 from geofx.cli import main
 from geofx.errors import ConfigError, ExportError
 from geofx.export import pt2
-from geofx.export.decoder_session import DecoderSession
 from geofx.export.onnx_variants import OnnxModel
 from geofx.report_rows import in_bytes
 from geofx.sources import tokenizer_files
@@ -41,52 +39,35 @@ def operators(file: Path) -> set[str]:
     return {node.op_type for node in onnx.load(str(file), load_external_data=False).graph.node}
 
 
-@pytest.mark.parametrize("with_past", [False, True])
 def test_weights_of_8_bits_weigh_less_and_what_they_lose_is_measured(
-    result: geofx.OptimizedModel, tmp_path: Path, with_past: bool
+    result: geofx.OptimizedModel, tmp_path: Path
 ) -> None:
-    whole = result.to_onnx(tmp_path / "whole" / "m.onnx", with_past=True)
     file = tmp_path / "int8" / "m.onnx"
-    file.parent.mkdir()
     root = logging.getLogger()
     before = list(root.handlers), root.level
-    report = result.to_onnx(file, with_past=with_past, int8=True, holdout=HELD)
+    report = result.to_onnx(file, with_past=True, int8=True, holdout=HELD)
     assert (list(root.handlers), root.level) == before
-    assert report.size_bytes < whole.size_bytes
+    assert report.size_bytes < 0.9 * result.program.size_bytes()
     assert "MatMulNBits" in operators(file)
     assert report.fidelity is not None
     assert 1e-4 < report.fidelity.relative_l2 < 0.1
     assert report.fidelity.tokens > 50
-    wanted = result(**HELD[0]).logits
+    wanted = result(**HELD[0]).logits.detach()
     found = OnnxModel(file)(**HELD[0])["logits"]
     error = float((found - wanted).norm() / wanted.norm())
     assert error == pytest.approx(report.fidelity.relative_l2, rel=0.05)
-
-
-def test_half_precision_is_measured_against_the_whole(result: geofx.OptimizedModel, tmp_path: Path) -> None:
-    report = result.to_onnx(tmp_path / "m.onnx", dtype="float16", holdout=HELD)
-    whole = result.to_onnx(tmp_path / "whole.onnx", holdout=HELD)
-    assert report.size_bytes < 0.6 * whole.size_bytes
-    assert report.fidelity is not None
-    assert whole.fidelity is not None
-    assert whole.fidelity.relative_l2 < 1e-5 < report.fidelity.relative_l2 < 0.01
-
-
-def test_a_decoder_of_half_precision_writes(result: geofx.OptimizedModel, tmp_path: Path) -> None:
-    result.to_onnx(tmp_path / "m.onnx", with_past=True, dtype="float16")
-    session = DecoderSession(tmp_path / "m.onnx")
-    ids = HELD[0]["input_ids"]
-    first = torch.from_numpy(session.start(ids.numpy()))
-    torch.testing.assert_close(first, result(input_ids=ids).logits[:, -1], rtol=0.0, atol=0.02)
 
 
 def test_the_measured_file_may_be_an_encoder_or_take_pixels(tmp_path: Path) -> None:
     for name in ("bert", "vit"):
         batches = [example(name, seed=seed) for seed in range(2)]
         found = optimized(name)
-        report = found.to_onnx(tmp_path / f"{name}.onnx", dtype="float16", holdout=batches)
-        assert report.fidelity is not None
-        assert 1e-6 < report.fidelity.relative_l2 < 0.02
+        half = found.to_onnx(tmp_path / "half.onnx", dtype="float16", holdout=batches)
+        whole = found.to_onnx(tmp_path / "whole.onnx", holdout=batches)
+        assert half.size_bytes < 0.6 * whole.size_bytes
+        assert half.fidelity is not None
+        assert whole.fidelity is not None
+        assert whole.fidelity.relative_l2 < 1e-5 < half.fidelity.relative_l2 < 0.02
 
 
 @pytest.mark.parametrize(
@@ -141,10 +122,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "are of an ONNX file" in capsys.readouterr().err
     assert main(["export", str(saved), "--onnx", file, "--compiled"]) == 2
     assert "--compiled is of a .pt2" in capsys.readouterr().err
-    assert main([*given, "--int8", "--text", "python", "--tokens", "256", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)["onnx"]
-    assert shown["fidelity"]["kl"] >= 0.0
-    assert main([*given, "--dtype", "fp16", "--text", "python", "--tokens", "256"]) == 0
+    assert main([*given, "--int8", "--text", "python", "--tokens", "256"]) == 0
     written = capsys.readouterr().out
     assert "nats per token on" in written
     assert in_bytes(sum(path.stat().st_size for path in tmp_path.glob("m.onnx*"))) in written
