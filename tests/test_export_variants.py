@@ -15,7 +15,7 @@ from tiny_models import build, example, letters
 
 import geofx
 from geofx.cli import main
-from geofx.errors import ConfigError, ExportError
+from geofx.errors import CalibrationError, ConfigError, ExportError
 from geofx.export import pt2
 from geofx.export.onnx_variants import OnnxModel
 from geofx.report_rows import in_bytes
@@ -82,6 +82,8 @@ def test_what_cannot_be_checked_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         result.to_onnx(tmp_path / "m.onnx", **settings)
+    with pytest.raises(CalibrationError, match="no held-out data"):
+        result.to_onnx(tmp_path / "m.onnx", holdout=[])
     assert not list(tmp_path.iterdir())
 
 
