@@ -39,8 +39,9 @@ def test_snippets_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def tiny_result() -> geofx.OptimizedModel:
+    analysis = geofx.analyze(tiny_models.build("llama"), tiny_models.example("llama"))
     budget = geofx.Budget(parameters=0.9, scope="factorizable")
-    return geofx.optimize(tiny_models.build("llama"), budget, calibration=tiny_models.example("llama"))
+    return analysis.apply(analysis.plan(budget, formats=["low_rank"]))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -82,7 +82,7 @@ def test_what_cannot_be_checked_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         result.to_onnx(tmp_path / "m.onnx", **settings)
-    with pytest.raises(CalibrationError, match="no held-out data"):
+    with pytest.raises(CalibrationError, match="held-out data is empty"):
         result.to_onnx(tmp_path / "m.onnx", holdout=[])
     assert not list(tmp_path.iterdir())
 

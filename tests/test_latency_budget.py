@@ -172,6 +172,7 @@ def test_a_real_budget_on_this_machine(
     analysis._clocks.clear()
     monkeypatch.setattr("geofx.piece_latency.COLD_BYTES", 2**22)
     monkeypatch.setattr("geofx.piece_latency.ROUNDS", 3)
+    monkeypatch.setattr("geofx.cost_models.measured.ANCHORS", 3)
     target = Target(runtime, batch=ROWS)
     try:
         result = geofx.optimization.optimize_analysis(analysis, Budget(latency=0.7), target=target)
