@@ -17,7 +17,7 @@ from geofx.export.decoder_session import PAST, PRESENT, positions_of
 from geofx.export.onnx_runtime import OnnxRunner
 from geofx.verify import Fidelity
 
-BLOCK = 128
+BLOCK = 32
 """Numbers of a weight's column that share a scale."""
 TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
@@ -41,8 +41,8 @@ class Variant:
 def in_8_bits(file: Path) -> Any:
     """The `onnx_ir.Model` of ``file`` with the weights of its matmuls as 8-bit integers.
 
-    Source: ONNX Runtime's own weight-only quantizer, to nearest, symmetric. Tables and what they are tied to
-    stay as they are.
+    Source: ONNX Runtime's own weight-only quantizer, to nearest, symmetric. Activations, tables and what
+    these are tied to stay as they are.
 
     Raises:
         ExportError: ONNX Runtime is too old for it, or there is no such matmul.
@@ -54,7 +54,7 @@ def in_8_bits(file: Path) -> Any:
         with _logging_kept():
             from onnxruntime.quantization import matmul_nbits_quantizer as nbits
         settings = nbits.DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8
+            block_size=BLOCK, is_symmetric=True, accuracy_level=1, bits=8
         )
     except (ImportError, TypeError) as error:
         fix = "install onnxruntime 1.22 or newer, with onnx"
